@@ -1,0 +1,1 @@
+//! The file that ships: bytes to a validated bundle and back.

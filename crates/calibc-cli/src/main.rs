@@ -1,0 +1,2 @@
+//! The calibc binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Plan to variants to CUDA text; a pure function.

@@ -1,0 +1,1 @@
+//! One compile session: traces and spec in, bundle out.

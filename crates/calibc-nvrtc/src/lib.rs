@@ -1,0 +1,1 @@
+//! CUDA text to cubin: finding libnvrtc, compiling, caching.

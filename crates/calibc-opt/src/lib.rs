@@ -1,0 +1,1 @@
+//! Policies and passes: threshold maps in, a scheduled plan out.

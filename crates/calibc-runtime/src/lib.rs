@@ -1,0 +1,1 @@
+//! Opens a bundle and executes it, on CUDA or on the CPU reference.

@@ -1,0 +1,1 @@
+//! Reads, checks, streams and writes calibration traces.
