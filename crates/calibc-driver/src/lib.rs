@@ -1,1 +1,2 @@
 //! One compile session: traces and spec in, bundle out.
+pub mod spec;

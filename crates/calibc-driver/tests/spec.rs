@@ -1,0 +1,140 @@
+//! Specs: what is refused, and how the refusal reads.
+
+use std::path::Path;
+
+use calibc_driver::spec::{PolicySpec, RepetitionSpec, ScheduleSpec, Spec};
+
+fn parse(text: &str) -> Result<Spec, String> {
+    Spec::parse(text, Path::new("p.yaml")).map_err(|e| e.to_string())
+}
+
+const GRID: &str = "geometry: {frames: 4, height: 8, width: 8}\n";
+
+/// One wrong spec per line of the table: what the reader sees for it.
+#[test]
+fn refusals_name_place_and_cure() {
+    let cases: &[(&str, &str)] = &[
+        ("empty", ""),
+        ("only a comment", "# nothing\n"),
+        ("not yaml", "name: [1, 2\n"),
+        ("a list", "- 1\n- 2\n"),
+        ("a tab", "model:\n\tlayers: 3\n"),
+        ("unknown section", "geometri: {frames: 4, height: 8, width: 8}\n"),
+        ("unknown section, nothing near", "zzz: 1\n"),
+        ("unknown field", "geometry:\n  frames: 4\n  heigth: 8\n  width: 8\n"),
+        ("unknown policy field", "policy:\n  kind: calibatt\n  rho: 0.5\n  gamma: 0.9\n"),
+        ("field of the other policy", "policy:\n  kind: explicit\n  masks: m.safetensors\n  rho: 0.5\n"),
+        ("unknown schedule field", "policy:\n  kind: calibatt\n  schedule:\n    a_bse: 0.8\n"),
+        ("unknown schedule", "policy:\n  kind: calibatt\n  schedule: distiled\n"),
+        ("unknown repetition field", "policy:\n  kind: calibatt\n  repetition: {anchor: 5}\n"),
+        ("repetition on", "policy:\n  kind: calibatt\n  repetition: on\n"),
+        ("unknown kind", "name: x\npolicy:\n  kind: calibat\n"),
+        ("kind missing", "name: x\npolicy:\n  rho: 0.5\n"),
+        ("policy is a word", "policy: calibatt\n"),
+        ("text where a number stands", "geometry:\n  frames: four\n  height: 8\n  width: 8\n"),
+        ("fraction where a whole number stands", "geometry: {frames: 4.5, height: 8, width: 8}\n"),
+        ("negative", "geometry: {frames: -4, height: 8, width: 8}\n"),
+        ("zero", "geometry: {frames: 4, height: 0, width: 8}\n"),
+        ("overflow", "geometry: {frames: 4294967296, height: 8, width: 8}\n"),
+        ("too many tokens", "geometry: {frames: 65536, height: 65536, width: 8}\n"),
+        ("field missing", "geometry: {frames: 4, height: 8}\n"),
+        ("field twice", "name: a\nname: b\n"),
+        ("nothing where text stands", "policy: {kind: explicit, masks: }\n"),
+        ("text without place", "geometry: {frames: 4, height: 8, width: 8, text_tokens: 7}\n"),
+        ("unknown text position", "geometry: {frames: 4, height: 8, width: 8, text_position: afterwards}\n"),
+        ("unknown layout", "geometry: {frames: 4, height: 8, width: 8, layout: rastr}\n"),
+        ("short tile", "geometry: {frames: 4, height: 8, width: 8, layout: {tile: [2, 8]}}\n"),
+        ("zero tile", "geometry: {frames: 4, height: 8, width: 8, layout: {tile: [2, 0, 8]}}\n"),
+        ("head_dim", "model:\n  layers: 2\n  heads: 2\n  head_dim: 96\n"),
+        ("rho 0", "policy:\n  kind: calibatt\n  rho: 0\n"),
+        ("rho NaN", "policy:\n  kind: calibatt\n  rho: .nan\n"),
+        ("infinite k", "policy:\n  kind: calibatt\n  schedule: {k: .inf}\n"),
+        (
+            "more anchors than rows",
+            "geometry: {frames: 4, height: 4, width: 8}\npolicy:\n  kind: calibatt\n  repetition: {gamma: 0.9}\n",
+        ),
+        ("unknown arch", "target:\n  archs: [sm_80, sm_91]\n"),
+        ("no arch", "target:\n  archs: []\n"),
+        ("unknown dtype", "target: {dtypes: [bf16, float16]}\n"),
+        ("lse is a word", "target: {lse: yes}\n"),
+        ("share out of range", "share: {max_extra_density: 2}\n"),
+        ("no steps", "steps: 0\n"),
+        ("steps and sigmas differ", "steps: 3\nsigmas: [1.0, 0.5]\n"),
+        ("negative sigma", "sigmas: [1.0, -0.5]\n"),
+        ("merge key", "a: &a {frames: 4}\ngeometry: {<<: *a, height: 8, width: 8}\n"),
+        ("two documents", "name: a\n---\nname: b\n"),
+    ];
+    let shown: String =
+        cases.iter().map(|(name, text)| format!("{name}\n  {}\n", parse(text).expect_err(name))).collect();
+    insta::assert_snapshot!("refusals", shown);
+}
+
+#[test]
+fn defaults_are_the_papers() {
+    let spec = parse(GRID).unwrap();
+    assert_eq!(spec.policy, PolicySpec::default());
+    insta::assert_snapshot!("defaults", spec.to_yaml().unwrap());
+    assert_eq!(ScheduleSpec::LONG.a(32_760), 0.796 + 1.41e-6 * 32_760.0);
+}
+
+#[test]
+fn short_forms_mean_what_they_say() {
+    let policy = |text: &str| match parse(&format!("policy: {{kind: calibatt, {text}}}")).unwrap().policy {
+        PolicySpec::CalibAtt(policy) => policy,
+        PolicySpec::Explicit(_) => unreachable!("the kind is calibatt"),
+    };
+    assert_eq!(policy("schedule: distilled").schedule, ScheduleSpec::DISTILLED);
+    assert_eq!(policy("schedule: {c: 1}").schedule, ScheduleSpec { c: 1.0, ..ScheduleSpec::LONG });
+    for off in ["off", "'off'", "false"] {
+        assert_eq!(policy(&format!("repetition: {off}")).repetition, RepetitionSpec::Off, "{off}");
+    }
+    assert_eq!(policy("repetition: {}").repetition, RepetitionSpec::default());
+}
+
+#[test]
+fn what_is_written_reads_back() {
+    for text in [
+        GRID.to_owned(),
+        "name: 'on'\npolicy: {kind: calibatt, repetition: off, schedule: distilled, rho: 0.1}\n".to_owned(),
+        format!(
+            "{GRID}policy: {{kind: explicit, masks: a b.safetensors, default: dense}}\nsigmas: [1, 0.3333333333333333]\n"
+        ),
+        "geometry: {frames: 2, height: 9, width: 9, layout: {tile: [2, 8, 8]}}\ntarget: {archs: [sm_120]}\n".to_owned(),
+    ] {
+        let spec = parse(&text).unwrap();
+        let yaml = spec.to_yaml().unwrap();
+        assert_eq!(parse(&yaml).unwrap(), spec, "{yaml}");
+    }
+}
+
+/// Every spec of `plans/`, and the sequence length it stands for.
+#[test]
+fn presets_have_the_geometries_of_their_models() {
+    let plans = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../plans");
+    let mut paths: Vec<_> = std::fs::read_dir(plans).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let lines: Vec<String> = paths
+        .iter()
+        .map(|path| {
+            let spec = Spec::read(path).unwrap_or_else(|e| panic!("{e}"));
+            let (model, geometry) = (spec.model.unwrap(), spec.geometry.unwrap().to_ir());
+            let stem = path.file_stem().unwrap().to_string_lossy().into_owned();
+            assert_eq!(spec.name, Some(stem.clone()), "a plan is named like its file");
+            format!(
+                "{stem}: {} layers x {} heads x {}, {geometry}, {} blocks, {} in the last, {} steps",
+                model.layers,
+                model.heads,
+                model.head_dim,
+                geometry.num_q_blocks(),
+                geometry.video_tokens() % 128,
+                spec.steps.unwrap()
+            )
+        })
+        .collect();
+    insta::assert_snapshot!("presets", lines.join("\n"));
+}
+
+#[test]
+fn schema_is_the_one_reviewed() {
+    insta::assert_snapshot!("schema", serde_json::to_string_pretty(&Spec::json_schema()).unwrap());
+}
