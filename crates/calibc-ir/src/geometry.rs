@@ -180,6 +180,14 @@ impl Geometry {
         self.kv_tokens().div_ceil(BLOCK)
     }
 
+    /// Whether kernels must serve sequences that end inside a block: a length is no multiple of [`BLOCK`], or text at the end
+    /// lets the caller pass fewer tokens than the plan has.
+    pub fn ragged(&self) -> bool {
+        !self.q_tokens().is_multiple_of(BLOCK)
+            || !self.kv_tokens().is_multiple_of(BLOCK)
+            || self.text_position == TextPosition::After
+    }
+
     /// Positions of the text tokens in the sequence (empty without text).
     pub fn text_range(&self) -> Range<u32> {
         match self.text_position {

@@ -17,7 +17,9 @@ mod geometry;
 mod ids;
 mod mask;
 mod plan;
+pub mod text;
 mod variant;
+pub mod verify;
 
 pub use anchors::{AnchorTable, anchor_rows, nearest_anchor};
 pub use evidence::{BlockEnergy, ThresholdMap};

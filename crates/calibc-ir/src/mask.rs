@@ -193,6 +193,11 @@ impl MaskTable {
         self.masks.is_empty()
     }
 
+    /// The masks in id order, for a pass that rebuilds the table without holding each mask twice.
+    pub fn into_masks(self) -> Vec<BlockMask> {
+        self.masks
+    }
+
     /// Ids and masks in id order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (MaskId, &BlockMask)> {
         self.masks.iter().enumerate().map(|(i, m)| (MaskId(i as u32), m))
