@@ -4,6 +4,8 @@ use std::{fmt, io, path::PathBuf};
 
 use thiserror::Error;
 
+use crate::nvrtc::SUPPORTED_MAJORS;
+
 /// Errors of finding libnvrtc, compiling with it, and the cache.
 #[derive(Debug, Error)]
 pub enum NvrtcError {
@@ -94,7 +96,54 @@ pub struct Tried {
     /// The file, the folder, or a bare library name.
     pub place: PathBuf,
     /// Why it did not serve.
-    pub why: String,
+    pub why: WhyNot,
+}
+
+/// Why a place where libnvrtc was looked for did not serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WhyNot {
+    /// There is no such file.
+    NoSuchFile,
+    /// There is no such folder.
+    NoSuchFolder,
+    /// A folder without a library of a supported version.
+    NoLibrary,
+    /// The dynamic loader refuses the file, in these words.
+    NotLoadable(String),
+    /// A library, but without this function.
+    MissingFunction(&'static str),
+    /// An NVRTC older than [`crate::SUPPORTED_MAJORS`].
+    TooOld((u32, u32)),
+    /// An NVRTC newer than [`crate::SUPPORTED_MAJORS`].
+    TooNew((u32, u32)),
+    /// The first calls into it fail.
+    Broken {
+        /// The C function.
+        function: &'static str,
+        /// NVRTC's own words for the result code.
+        message: String,
+    },
+}
+
+impl fmt::Display for WhyNot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (oldest, newest) = (SUPPORTED_MAJORS.start(), SUPPORTED_MAJORS.end());
+        match self {
+            Self::NoSuchFile => f.write_str("no such file"),
+            Self::NoSuchFolder => f.write_str("no such folder"),
+            Self::NoLibrary => write!(f, "holds no libnvrtc.so.{newest} or libnvrtc.so.{oldest}"),
+            Self::NotLoadable(why) => f.write_str(why),
+            Self::MissingFunction(name) => write!(f, "not an NVRTC of CUDA {oldest} to {newest}: it has no {name}"),
+            Self::TooOld((major, minor)) => {
+                write!(f, "NVRTC {major}.{minor} is too old; calibc needs {oldest}.0 or newer")
+            }
+            Self::TooNew((major, minor)) => {
+                write!(f, "NVRTC {major}.{minor} is too new; calibc knows versions up to {newest}")
+            }
+            Self::Broken { function, message } => write!(f, "{function} failed: {message}"),
+        }
+    }
 }
 
 impl fmt::Display for Tried {

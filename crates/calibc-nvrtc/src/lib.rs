@@ -36,6 +36,6 @@ mod report;
 pub mod testing;
 
 pub use cache::{Cache, Cleared, Entry};
-pub use error::{Failure, GateFailure, NvrtcError, Tried};
+pub use error::{Failure, GateFailure, NvrtcError, Tried, WhyNot};
 pub use nvrtc::{Compiled, Nvrtc, Request, SUPPORTED_MAJORS};
 pub use report::Resources;

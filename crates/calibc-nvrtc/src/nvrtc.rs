@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    error::{Failure, GateFailure, NvrtcError, Tried},
+    error::{Failure, GateFailure, NvrtcError, Tried, WhyNot},
     ffi::{Api, Code, OpenError, open_forever},
     find::{self, FILE_NAMES, Place, Surroundings},
     report::{self, Resources},
@@ -99,7 +99,7 @@ impl Nvrtc {
             let files = match files_at(&place) {
                 Ok(files) => files,
                 Err((place, why)) => {
-                    tried.push(Tried { origin, place, why: why.into() });
+                    tried.push(Tried { origin, place, why });
                     continue;
                 }
             };
@@ -120,21 +120,23 @@ impl Nvrtc {
     }
 
     /// Loads one library, or says why it does not serve.
-    fn load(name: &OsStr, bare: bool) -> Result<Self, String> {
+    fn load(name: &OsStr, bare: bool) -> Result<Self, WhyNot> {
         let api = Api::open(name).map_err(|error| match error {
             // The loader's message starts with the path, which the caller prints as well.
             OpenError::Load(error) => {
                 let text = source_text(&error);
-                text.strip_prefix(&format!("{}: ", name.display())).unwrap_or(&text).to_owned()
+                WhyNot::NotLoadable(text.strip_prefix(&format!("{}: ", name.display())).unwrap_or(&text).to_owned())
             }
-            OpenError::Symbol(symbol) => format!("not an NVRTC of CUDA 12 or 13: it has no {symbol}"),
+            OpenError::Symbol(symbol) => WhyNot::MissingFunction(symbol),
         })?;
-        let version = api.version().map_err(|code| format!("nvrtcVersion failed: {}", api.describe(code)))?;
-        if !SUPPORTED_MAJORS.contains(&version.0) {
-            let which = if version.0 < *SUPPORTED_MAJORS.start() { "old" } else { "new" };
-            return Err(format!("NVRTC {}.{} is too {which}; calibc uses 12.x and 13.x", version.0, version.1));
+        let broken = |function, code| WhyNot::Broken { function, message: api.describe(code) };
+        let version = api.version().map_err(|code| broken("nvrtcVersion", code))?;
+        if version.0 < *SUPPORTED_MAJORS.start() {
+            return Err(WhyNot::TooOld(version));
+        } else if version.0 > *SUPPORTED_MAJORS.end() {
+            return Err(WhyNot::TooNew(version));
         }
-        let archs = api.archs().map_err(|code| format!("nvrtcGetSupportedArchs failed: {}", api.describe(code)))?;
+        let archs = api.archs().map_err(|code| broken("nvrtcGetSupportedArchs", code))?;
         let path = if bare { find::mapped_file(api.address()) } else { None };
         let path = path.unwrap_or_else(|| PathBuf::from(name));
         if let Some(builtins) = find::builtins_beside(&path, version)
@@ -243,19 +245,19 @@ impl Nvrtc {
 
 /// What to hand to the dynamic loader for a place: absolute paths, which it does not search for, or a bare name. The error is
 /// the place and why there is nothing in it.
-fn files_at(place: &Place) -> Result<Vec<PathBuf>, (PathBuf, &'static str)> {
+fn files_at(place: &Place) -> Result<Vec<PathBuf>, (PathBuf, WhyNot)> {
     let absolute = |file: &Path| std::path::absolute(file).unwrap_or_else(|_| Path::new(".").join(file));
     match place {
         Place::Loader(name) => Ok(vec![PathBuf::from(name)]),
         Place::File(file) if file.is_file() => Ok(vec![absolute(file)]),
-        Place::File(file) => Err((file.clone(), "no such file")),
+        Place::File(file) => Err((file.clone(), WhyNot::NoSuchFile)),
         Place::Folder(folder) => {
             let files = FILE_NAMES.map(|name| folder.join(name));
             let files: Vec<PathBuf> = files.iter().filter(|file| file.is_file()).map(|file| absolute(file)).collect();
             if !files.is_empty() {
                 return Ok(files);
             }
-            Err((folder.clone(), if folder.is_dir() { "holds no libnvrtc.so.{13,12}" } else { "no such folder" }))
+            Err((folder.clone(), if folder.is_dir() { WhyNot::NoLibrary } else { WhyNot::NoSuchFolder }))
         }
     }
 }
@@ -304,4 +306,40 @@ fn source_text(error: &libloading::Error) -> String {
 
 fn c_string(what: &str, text: &str) -> Result<CString, NvrtcError> {
     CString::new(text).map_err(|_| NvrtcError::BadRequest { what: format!("{what} holds a NUL byte") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arch_number(arch: &str) -> Option<u32> {
+        Request { source: "", symbol: "", arch }.arch_number()
+    }
+
+    #[test]
+    fn only_real_architectures_have_a_number() {
+        let real = [("sm_80", 80), ("sm_90", 90), ("sm_90a", 90), ("sm_100f", 100), ("sm_120a", 120)];
+        assert!(real.iter().all(|(arch, number)| arch_number(arch) == Some(*number)));
+        let unreal = ["compute_90a", "sm_", "sm_a", "sm_+90", "sm_80a", "sm_90f", "sm_90aa", "90", "sm_99999999999"];
+        assert!(unreal.iter().all(|arch| arch_number(arch).is_none()));
+    }
+
+    #[test]
+    fn the_gate_lets_through_machine_code_with_a_clean_report_only() {
+        let clean = "ptxas info    : Compiling entry function 'k' for 'sm_80'\nptxas info    : Function properties for k\n\
+                     ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
+                     ptxas info    : Used 10 registers, 256 bytes smem\n";
+        let check = |cubin: &[u8], log: &str, symbol| gate(cubin, &report::read(log, symbol));
+        let resources = check(b"\x7fELF..", clean, "k").expect("clean");
+        assert_eq!((resources.registers, resources.shared_bytes), (10, 256));
+        assert_eq!(check(b"", clean, "k"), Err(GateFailure::NoCubin { bytes: 0 }));
+        assert_eq!(check(b"// PTX", clean, "k"), Err(GateFailure::NoCubin { bytes: 6 }));
+        assert_eq!(check(b"\x7fELF", clean, "j"), Err(GateFailure::NoEntry { found: vec!["k".into()] }));
+        assert_eq!(check(b"\x7fELF", "", "k"), Err(GateFailure::NoEntry { found: vec![] }));
+        let loads = clean.replace("0 bytes spill loads", "4 bytes spill loads");
+        assert_eq!(check(b"\x7fELF", &loads, "k"), Err(GateFailure::Spills { stores: 0, loads: 4 }));
+        let serialised = format!("ptxas info    : (C7510) Potential Performance Loss\n{clean}");
+        let codes = vec!["C7510".to_owned()];
+        assert_eq!(check(b"\x7fELF", &serialised, "k"), Err(GateFailure::Diagnostics { codes }));
+    }
 }

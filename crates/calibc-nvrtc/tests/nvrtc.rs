@@ -1,8 +1,13 @@
 //! The real libnvrtc: compiles, the build gate, threads, the cache. Needs no GPU; skips visibly where there is no libnvrtc.
 
-use std::{fs, path::Path, thread};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
 
-use calibc_nvrtc::{Cache, GateFailure, Nvrtc, NvrtcError, Request, testing};
+use calibc_nvrtc::{Cache, GateFailure, Nvrtc, NvrtcError, Request, WhyNot, testing};
 
 const PLAIN: &str = r#"extern "C" __global__ void plain(float* x) {
     __shared__ float s[64];
@@ -124,7 +129,7 @@ fn rejected_sources_carry_the_log() {
 #[test]
 fn unsupported_architectures_are_named_with_the_supported_ones() {
     let Some(nvrtc) = testing::nvrtc() else { return };
-    // Virtual architectures give no machine code; sm_90b and sm_80a do not exist, which only NVRTC itself knows.
+    // Virtual architectures give no machine code, and an architecture-specific target begins with sm_90a.
     for arch in
         ["sm_20", "sm_999", "compute_90a", "sm_", "sm_+90", "sm_90 --x", "90", "sm_80a", "sm_90b", "sm_90af", "sm_é"]
     {
@@ -234,6 +239,53 @@ fn a_named_place_without_a_library_is_one_clear_error() {
         let text = error.to_string();
         assert!(matches!(error, NvrtcError::NotThere { named_by: "--nvrtc", .. }), "{text}");
         assert!(text.contains(why), "{text}");
+    }
+}
+
+/// Makes a library that claims to be an NVRTC; `functions` are those that answer nothing.
+fn fake_nvrtc(dir: &Path, major: u32, functions: &[&str]) -> PathBuf {
+    let mut source = format!(
+        "#[unsafe(no_mangle)] pub unsafe extern \"C\" fn nvrtcVersion(a: *mut i32, b: *mut i32) -> i32 {{ unsafe {{ *a = {major}; *b = 2; }} 0 }}\n"
+    );
+    for name in functions {
+        source += &format!("#[unsafe(no_mangle)] pub extern \"C\" fn {name}() -> i32 {{ 1 }}\n");
+    }
+    let (text, library) = (dir.join("fake.rs"), dir.join("libnvrtc.so"));
+    fs::write(&text, source).expect("write");
+    let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    rustc.args(["--edition=2024", "--crate-type=cdylib", "-Cpanic=abort"]).arg(&text).arg("-o").arg(&library);
+    assert!(rustc.status().expect("the compiler that built this test").success());
+    library
+}
+
+#[test]
+fn libraries_of_other_versions_are_refused_by_name() {
+    let all = [
+        "nvrtcGetErrorString",
+        "nvrtcGetNumSupportedArchs",
+        "nvrtcGetSupportedArchs",
+        "nvrtcCreateProgram",
+        "nvrtcDestroyProgram",
+        "nvrtcCompileProgram",
+        "nvrtcGetProgramLogSize",
+        "nvrtcGetProgramLog",
+        "nvrtcGetCUBINSize",
+        "nvrtcGetCUBIN",
+    ];
+    let cases: [(u32, &[&str], WhyNot); 3] = [
+        (11, &all, WhyNot::TooOld((11, 2))),
+        (14, &all, WhyNot::TooNew((14, 2))),
+        (11, &all[..9], WhyNot::MissingFunction("nvrtcGetCUBIN")),
+    ];
+    for (major, functions, expected) in cases {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let library = fake_nvrtc(dir.path(), major, functions);
+        match Nvrtc::find(Some(dir.path())) {
+            Err(NvrtcError::NotThere { tried, .. }) => {
+                assert!(tried.iter().any(|t| t.why == expected && t.place == library), "{tried:?}");
+            }
+            other => panic!("expected {expected:?}, got {other:?}"),
+        }
     }
 }
 
