@@ -501,7 +501,7 @@ impl Default for TargetSpec {
 }
 
 /// Element type of q, k, v and out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DTypeSpec {
     /// bfloat16.
