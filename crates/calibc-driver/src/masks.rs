@@ -5,15 +5,15 @@
 //! s<step>.l<layer>.op    U8 [heads]                        0 dense, 1 block-sparse, 2 anchor rows; may be absent when read
 //! ```
 //!
-//! Without `.op` a head whose blocks are all kept is dense, any other is block-sparse. Files are read and written one step
-//! and layer at a time: a plan of a large model has tens of gigabytes of bytes for its few gigabytes of bits.
+//! Without `.op` a head whose blocks are all kept is dense, any other is block-sparse. Files are read and written head by
+//! head: a plan of a large model has tens of gigabytes of bytes for its few gigabytes of bits.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use calibc_ir::{AttnOp, BlockMask, LayerId, Plan, StepId};
+use calibc_ir::{AttnOp, BlockMask, LayerId, Plan, Site, StepId};
 use safetensors::tensor::{Dtype, Metadata};
 use thiserror::Error;
 
@@ -144,7 +144,6 @@ pub struct MaskFile {
     file: File,
     metadata: Metadata,
     data_start: u64,
-    heads: u32,
     q_blocks: u32,
     kv_blocks: u32,
 }
@@ -179,7 +178,6 @@ impl MaskFile {
             file,
             metadata,
             data_start: 8 + length,
-            heads: plan.model.heads,
             q_blocks: geometry.num_q_blocks(),
             kv_blocks: geometry.num_kv_blocks(),
         };
@@ -188,7 +186,7 @@ impl MaskFile {
     }
 
     fn check_names(&self, plan: &Plan, require_all: bool) -> Result<(), MaskFileError> {
-        let (steps, layers) = (plan.num_steps(), plan.model.layers);
+        let (steps, layers, heads) = (plan.num_steps(), plan.model.layers, plan.model.heads as usize);
         let path = || self.path.clone();
         let mut expected = std::collections::BTreeSet::new();
         for (step, layer) in (0..steps).flat_map(|s| (0..layers).map(move |l| (StepId(s), LayerId(l)))) {
@@ -209,8 +207,8 @@ impl MaskFile {
             }
             let mask = name.strip_suffix(".op");
             let shape = match mask {
-                Some(_) => vec![self.heads as usize],
-                None => vec![self.heads as usize, self.q_blocks as usize, self.kv_blocks as usize],
+                Some(_) => vec![heads],
+                None => vec![heads, self.q_blocks as usize, self.kv_blocks as usize],
             };
             if info.shape != shape {
                 return Err(MaskFileError::Shape {
@@ -229,67 +227,59 @@ impl MaskFile {
         Ok(())
     }
 
-    fn bytes(&self, name: &str) -> Result<Option<Vec<u8>>, MaskFileError> {
+    /// Bytes `from..from + len` of a tensor.
+    fn bytes(&self, name: &str, from: usize, len: usize) -> Result<Option<Vec<u8>>, MaskFileError> {
         let Some(info) = self.metadata.info(name) else { return Ok(None) };
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(|source| MaskFileError::Io {
-            action: "read",
-            path: self.path.clone(),
-            source,
-        })?;
+        let mut bytes = vec![0; len];
+        self.file
+            .read_exact_at(&mut bytes, self.data_start + (info.data_offsets.0 + from) as u64)
+            .map_err(|source| MaskFileError::Io { action: "read", path: self.path.clone(), source })?;
         Ok(Some(bytes))
     }
 
-    /// The heads of one step and layer, in order. `None` where the file says nothing of them.
-    pub fn layer(&self, step: StepId, layer: LayerId) -> Result<Option<Vec<HeadChoice>>, MaskFileError> {
-        let name = tensor_name(step, layer);
-        let Some(masks) = self.bytes(&name)? else { return Ok(None) };
-        let ops = self.bytes(&format!("{name}.op"))?;
-        let cells = self.q_blocks as usize * self.kv_blocks as usize;
-        let mut heads = Vec::with_capacity(self.heads as usize);
-        for (head, mask) in masks.chunks_exact(cells).enumerate() {
-            if let Some(at) = mask.iter().position(|&byte| byte > 1) {
-                let (row, col) = (at / self.kv_blocks as usize, at % self.kv_blocks as usize);
-                return Err(MaskFileError::Value {
-                    path: self.path.clone(),
-                    tensor: name,
-                    value: mask[at],
-                    at: vec![head, row, col],
-                    allowed: "0 and 1",
-                });
-            }
-            let full = mask.iter().all(|&byte| byte == 1);
-            let contradiction =
-                |op| MaskFileError::OpContradictsMask { path: self.path.clone(), tensor: name.clone(), op, head };
-            let choice = match ops.as_ref().map(|ops| ops[head]) {
-                None if full => HeadChoice::Dense,
-                Some(0) if full => HeadChoice::Dense,
-                Some(0) => return Err(contradiction("dense")),
-                Some(2) if full => HeadChoice::Anchors,
-                Some(2) => return Err(contradiction("anchor rows")),
-                None | Some(1) => {
-                    let cols = self.kv_blocks as usize;
-                    let kept = |r: u32, c: u32| mask[r as usize * cols + c as usize] == 1;
-                    let blocks = BlockMask::from_fn(self.q_blocks, self.kv_blocks, kept);
-                    if let Some(row) = (0..self.q_blocks).find(|&r| blocks.row_count(r) == 0) {
-                        return Err(MaskFileError::EmptyRow { path: self.path.clone(), tensor: name, head, row });
-                    }
-                    HeadChoice::Blocks(blocks)
-                }
-                Some(value) => {
-                    return Err(MaskFileError::Value {
-                        path: self.path.clone(),
-                        tensor: format!("{name}.op"),
-                        value,
-                        at: vec![head],
-                        allowed: "0 (dense), 1 (block-sparse) and 2 (anchor rows)",
-                    });
-                }
-            };
-            heads.push(choice);
+    /// What the file says about `site`, which must be one of the plan's. `None` where it says nothing.
+    ///
+    /// # Errors
+    /// A byte that means nothing, a row without any block, an op that contradicts its mask, or a failing disk.
+    pub fn head(&self, site: Site) -> Result<Option<HeadChoice>, MaskFileError> {
+        let (name, head) = (tensor_name(site.step, site.layer), site.head.index());
+        let (rows, cols) = (self.q_blocks as usize, self.kv_blocks as usize);
+        let Some(mask) = self.bytes(&name, head * rows * cols, rows * cols)? else { return Ok(None) };
+        let op_name = format!("{name}.op");
+        let op = self.bytes(&op_name, head, 1)?.map(|bytes| bytes[0]);
+        let path = || self.path.clone();
+        if let Some(at) = mask.iter().position(|&byte| byte > 1) {
+            return Err(MaskFileError::Value {
+                path: path(),
+                tensor: name,
+                value: mask[at],
+                at: vec![head, at / cols, at % cols],
+                allowed: "0 and 1",
+            });
         }
-        Ok(Some(heads))
+        let full = mask.iter().all(|&byte| byte == 1);
+        let contradiction = |op| Err(MaskFileError::OpContradictsMask { path: path(), tensor: name.clone(), op, head });
+        match op {
+            Some(0) if !full => contradiction("dense"),
+            Some(2) if !full => contradiction("anchor rows"),
+            Some(2) => Ok(Some(HeadChoice::Anchors)),
+            Some(value @ 3..) => Err(MaskFileError::Value {
+                path: path(),
+                tensor: op_name,
+                value,
+                at: vec![head],
+                allowed: "0 (dense), 1 (block-sparse) and 2 (anchor rows)",
+            }),
+            Some(0) | None if full => Ok(Some(HeadChoice::Dense)),
+            _ => {
+                let kept = |r: u32, c: u32| mask[r as usize * cols + c as usize] == 1;
+                let blocks = BlockMask::from_fn(self.q_blocks, self.kv_blocks, kept);
+                match (0..self.q_blocks).find(|&r| blocks.row_count(r) == 0) {
+                    Some(row) => Err(MaskFileError::EmptyRow { path: path(), tensor: name, head, row }),
+                    None => Ok(Some(HeadChoice::Blocks(blocks))),
+                }
+            }
+        }
     }
 }
 
@@ -400,8 +390,7 @@ mod tests {
                 AttnOp::BlockSparse { mask } => HeadChoice::Blocks(plan.masks[mask].clone()),
                 AttnOp::AnchorRows { .. } => HeadChoice::Anchors,
             };
-            let heads = file.layer(site.step, site.layer).unwrap().unwrap();
-            assert_eq!(heads[site.head.index()], want, "{site}");
+            assert_eq!(file.head(site).unwrap(), Some(want), "{site}");
         }
         // The whole file again through the reference reader.
         let raw = std::fs::read(&path).unwrap();
@@ -425,7 +414,7 @@ mod tests {
                 .map(|(name, dtype, shape, data)| (name.to_owned(), TensorView::new(dtype, shape, data).unwrap()));
             std::fs::write(&path, serialize(views, None).unwrap()).unwrap();
             let file = MaskFile::open(&path, &plan, all)?;
-            file.layer(StepId(0), LayerId(0))
+            (0..3).map(|head| file.head(Site::new(0, 0, head))).collect::<Result<Option<Vec<_>>, _>>()
         };
         fn mask(data: &[u8]) -> (&str, Dtype, Vec<usize>, &[u8]) {
             ("s0.l0", Dtype::U8, vec![3, 3, 3], data)
