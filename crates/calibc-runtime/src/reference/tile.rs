@@ -37,26 +37,29 @@ fn exp(x: f32) -> f32 {
     if x < LOWEST { 0.0 } else { p * scale }
 }
 
-/// `c[i][j] += sum over p of a[i][p] * b[p][j]` for the first `rows` rows; row lengths are `k` for `a` and `n` for `b` and `c`.
+/// `c[i][j] += sum over p of a[i][p] * b[p][j]` for the first `rows` rows, a multiple of [`STRIP`]; row lengths are `k` for `a`
+/// and `n`, a multiple of [`LANES`], for `b` and `c`.
 #[inline(always)]
 fn multiply_add(a: &[f32], b: &[f32], c: &mut [f32], rows: usize, k: usize, n: usize) {
-    for i in (0..rows).step_by(STRIP) {
+    let strips = a[..rows * k].chunks_exact(STRIP * k).zip(c[..rows * n].chunks_exact_mut(STRIP * n));
+    for (a, c) in strips {
+        let (a01, a23) = a.split_at(2 * k);
+        let (a0, a1) = a01.split_at(k);
+        let (a2, a3) = a23.split_at(k);
         for j in (0..n).step_by(LANES) {
             let mut sum = [[0.0f32; LANES]; STRIP];
-            for p in 0..k {
-                let b = &b[p * n + j..][..LANES];
-                for (r, sum) in sum.iter_mut().enumerate() {
-                    let a = a[(i + r) * k + p];
-                    for l in 0..LANES {
-                        sum[l] += a * b[l];
-                    }
+            let a = a0.iter().zip(a1).zip(a2.iter().zip(a3));
+            for (b, ((&a0, &a1), (&a2, &a3))) in b.chunks_exact(n).zip(a) {
+                let b = &b[j..j + LANES];
+                for l in 0..LANES {
+                    sum[0][l] += a0 * b[l];
+                    sum[1][l] += a1 * b[l];
+                    sum[2][l] += a2 * b[l];
+                    sum[3][l] += a3 * b[l];
                 }
             }
-            for (r, sum) in sum.iter().enumerate() {
-                let c = &mut c[(i + r) * n + j..][..LANES];
-                for l in 0..LANES {
-                    c[l] += sum[l];
-                }
+            for (c, sum) in c.chunks_exact_mut(n).zip(&sum) {
+                c[j..j + LANES].iter_mut().zip(sum).for_each(|(c, sum)| *c += sum);
             }
         }
     }
