@@ -1,0 +1,134 @@
+//! `cargo xtask test`: every check of the project, each even when an earlier one failed.
+
+use std::{env, fs, io::IsTerminal, path::Path, process::Command, time::Duration};
+
+use anyhow::Result;
+
+use crate::{
+    process::{Outcome, spelled, stream},
+    provision::{Environment, provision},
+    tally::{self, Tally},
+    workspace::Workspace,
+};
+
+const PYTHON_TESTS: &str = "tests/python";
+
+/// One finished step.
+struct Step {
+    name: &'static str,
+    ok: bool,
+    time: Duration,
+    /// What to say about it beside that.
+    note: String,
+}
+
+struct Session<'a> {
+    workspace: &'a Workspace,
+    environment: Environment,
+    steps: Vec<Step>,
+    tally: Tally,
+}
+
+/// Runs everything; `false` when something failed. The last line says how many tests passed, failed and were skipped; a step
+/// that is no test counts as one when it fails.
+pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
+    let mut session = Session::start(workspace)?;
+    session.check("format", &mut workspace.cargo(&["fmt", "--all", "--check"]))?;
+    let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    session.check("clippy", &mut workspace.cargo(&clippy))?;
+    session.cargo_test("tests", &["test", "--workspace", "--no-fail-fast"])?;
+    session.python_tests()?;
+    let mut doc = workspace.cargo(&["doc", "--workspace", "--no-deps"]);
+    session.check("docs", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
+    Ok(session.finish())
+}
+
+/// `cargo xtask check-kernels`: only the test that compiles generated CUDA.
+pub(crate) fn check_kernels(workspace: &Workspace) -> Result<bool> {
+    let mut session = Session::start(workspace)?;
+    session.cargo_test("kernels", &["test", "--package", "calibc-tests", "--test", "kernels"])?;
+    Ok(session.finish())
+}
+
+impl<'a> Session<'a> {
+    fn start(workspace: &'a Workspace) -> Result<Self> {
+        let environment = provision(workspace)?;
+        Ok(Self { workspace, environment, steps: Vec::new(), tally: Tally::default() })
+    }
+
+    fn run(&self, name: &str, command: &mut Command) -> Result<Outcome> {
+        eprintln!("\n== {name}: {}", spelled(command));
+        self.environment.apply(command);
+        if std::io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none() {
+            command.env("CARGO_TERM_COLOR", "always");
+        }
+        stream(command)
+    }
+
+    fn record(&mut self, name: &'static str, outcome: &Outcome, mut tally: Tally, note: String) {
+        let ok = outcome.status.success();
+        if !ok && tally.failed == 0 {
+            // It did not build, crashed, or is no test.
+            tally.failed = 1;
+        }
+        self.tally += tally;
+        let note = if ok { note } else { format!("{} {note}", outcome.status).trim_end().to_owned() };
+        self.steps.push(Step { name, ok, time: outcome.time, note });
+    }
+
+    /// A step that passes or fails as a whole.
+    fn check(&mut self, name: &'static str, command: &mut Command) -> Result<()> {
+        let outcome = self.run(name, command)?;
+        self.record(name, &outcome, Tally::default(), String::new());
+        Ok(())
+    }
+
+    /// A step of Rust tests.
+    fn cargo_test(&mut self, name: &'static str, args: &[&str]) -> Result<()> {
+        let outcome = self.run(name, &mut self.workspace.cargo(args))?;
+        let tally = tally::cargo_test(&outcome.stdout, &outcome.stderr);
+        let failed: String =
+            tally::failed_tests(&outcome.stdout).iter().map(|test| format!("\n      {test}")).collect();
+        self.record(name, &outcome, tally, format!("{tally}{failed}"));
+        Ok(())
+    }
+
+    /// The Python tests, with the `calibc` binary at hand in `CALIBC_BIN`.
+    fn python_tests(&mut self) -> Result<()> {
+        if !has_python_tests(&self.workspace.root.join(PYTHON_TESTS)) {
+            return Ok(());
+        }
+        let build = ["build", "--package", "calibc-cli", "--bin", "calibc"];
+        let outcome = self.run("calibc for the Python tests", &mut self.workspace.cargo(&build))?;
+        if !outcome.status.success() {
+            self.record("python", &outcome, Tally::default(), "calibc does not build".into());
+            return Ok(());
+        }
+        let mut python = Command::new(&self.environment.python);
+        python.args(["-m", "unittest", "discover", "--start-directory", PYTHON_TESTS]);
+        python.current_dir(&self.workspace.root).env("CALIBC_BIN", self.workspace.target.join("debug/calibc"));
+        python.env("PYTHONDONTWRITEBYTECODE", "1");
+        let outcome = self.run("python", &mut python)?;
+        let tally = tally::unittest(&outcome.stderr);
+        self.record("python", &outcome, tally, tally.to_string());
+        Ok(())
+    }
+
+    /// Prints what happened; the last line is the tally.
+    fn finish(self) -> bool {
+        println!();
+        for Step { name, ok, time, note } in &self.steps {
+            println!("{} {name:8} {:7.1} s  {note}", if *ok { "ok  " } else { "FAIL" }, time.as_secs_f64());
+        }
+        println!("{}", self.tally);
+        self.steps.iter().all(|step| step.ok)
+    }
+}
+
+fn has_python_tests(folder: &Path) -> bool {
+    fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok).any(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        name.starts_with("test_") && name.ends_with(".py")
+    })
+}
