@@ -1,6 +1,6 @@
 //! `manifest.json`: typed, strict, and complete in its complaints.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -460,7 +460,7 @@ impl Reader {
         let prompts: HashMap<&str, usize> = manifest.prompts.iter().map(|p| p.id.as_str()).zip(0..).collect();
         // (prompt, step, branch) -> path of the first shard there; path -> listed. Looked up, never iterated.
         let mut places: HashMap<(usize, u32, usize), String> = HashMap::new();
-        let mut files: HashMap<String, ()> = HashMap::new();
+        let mut files: HashSet<String> = HashSet::new();
         for (i, node) in self.list(top, "shards")?.iter().enumerate() {
             let names = ["path", "prompt", "step", "branch", "bytes", "blake3"];
             let Some(fields) = self.object(format!("shards[{i}]"), node, &names, &[]) else {
@@ -471,7 +471,8 @@ impl Reader {
                 Some(Node::Text(path)) => path.clone(),
                 _ => fields.path("path"),
             };
-            if fields.get("path").is_some() && files.insert(path.clone(), ()).is_some() {
+            let listed = fields.get("path").is_some() && !files.insert(path.clone());
+            if listed {
                 self.problems.push(TraceError::DuplicateFile { file: path.clone() });
             }
             let prompt = self.text(&fields, "prompt").and_then(|id| {
@@ -508,7 +509,10 @@ impl Reader {
                 continue;
             }
             places.insert((prompt, step.0, branch), path);
-            if let Some(file) = file {
+            // What is in a file listed twice is looked at once.
+            if let Some(file) = file
+                && !listed
+            {
                 manifest.shards.push(Shard { file, prompt, step, branch });
             }
         }
