@@ -1,0 +1,266 @@
+//! schedule: the order of work of every (step, layer).
+//!
+//! The heads of a layer are cut into groups whose keys and values fit in L2 together; groups run one after another, costliest
+//! heads first. Inside a group, tiles run longest first, so that the short ones fill the tail; tiles of about the same
+//! length (within [`LENGTHS`]-ths of a whole row) run head by head along a space-filling curve of the latent grid, so that
+//! neighbours on the machine read the same keys. Where all heads fit, that is longest-first over the whole layer; where not
+//! even one does, it is head by head, longest-first inside.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+
+use calibc_ir::{
+    AnchorTable, AttnOp, BLOCK, BlockMask, Geometry, HeadId, LayerId, MaskId, Plan, Schedule, StepId, WorkItem,
+};
+use rayon::prelude::*;
+
+use crate::error::OptError;
+use crate::hooks::{Hooks, Watch};
+use crate::pipeline::{Context, Outcome, Pass, Target};
+
+/// Tiles whose cost differs by less than this part of a whole row count as equally long.
+const LENGTHS: u32 = 16;
+
+/// Emits the work lists.
+pub(crate) struct ScheduleWork {
+    pub(crate) target: Target,
+}
+
+impl Pass for ScheduleWork {
+    fn name(&self) -> &'static str {
+        "schedule"
+    }
+
+    fn run(&self, plan: &mut Plan, cx: &Context<'_>) -> Result<Outcome, OptError> {
+        let schedule = build(plan, &self.target, cx.watch)?;
+        let (lists, items) = (schedule.list_ptr.len() - 1, schedule.items.len());
+        plan.schedule = Some(schedule);
+        Ok(Outcome::changed(format!("{lists} work lists of {items} items")))
+    }
+}
+
+/// The work lists of a plan that passes the verifier ([`calibc_ir::verify::verify`]; the verifier bounds their items by `u32`).
+pub fn schedule(plan: &Plan, target: &Target) -> Schedule {
+    match build(plan, target, Watch::new(&Hooks::default())) {
+        Ok(schedule) => schedule,
+        Err(error) => unreachable!("only a cancel flag stops scheduling, and there is none: {error}"),
+    }
+}
+
+fn build(plan: &Plan, target: &Target, watch: Watch<'_>) -> Result<Schedule, OptError> {
+    let layers = plan.model.layers;
+    let order = Order::new(plan, target);
+    let work = watch.work("schedule", u64::from(plan.num_steps()) * u64::from(layers));
+    let mut lists = Lists::new();
+    for step in 0..plan.num_steps() {
+        let ops = |layer| plan.layer_ops(StepId(step), LayerId(layer));
+        let step_lists = work.map((0..layers).into_par_iter(), |layer| Ok(order.list(ops(layer))))?;
+        step_lists.into_iter().for_each(|list| lists.push(&list));
+    }
+    Ok(lists.schedule)
+}
+
+/// What all lists of a plan have in common.
+struct Order<'a> {
+    plan: &'a Plan,
+    /// Heads of a group.
+    group: usize,
+    /// Place of each query block on the curve.
+    curve: Vec<u32>,
+    /// Tiles of an anchor head.
+    anchor_tiles: u32,
+}
+
+impl<'a> Order<'a> {
+    fn new(plan: &'a Plan, target: &Target) -> Self {
+        let (g, model) = (&plan.geometry, &plan.model);
+        // Keys and values, two bytes per element.
+        let head_bytes = 4 * u64::from(g.kv_tokens()) * u64::from(model.head_dim);
+        let fit = target.l2_bytes / head_bytes;
+        // So many heads are at work at a time in any order that runs one head after another.
+        let at_work = target.running_tiles.div_ceil(g.num_q_blocks());
+        let group = fit.max(at_work.into()).clamp(1, model.heads.into()) as usize;
+        let anchor_tiles = plan.anchors().map_or(0, |anchors| AnchorTable::new(g, anchors).num_tiles());
+        Self { plan, group, curve: curve(g), anchor_tiles }
+    }
+
+    /// Cost of each tile of a head, in key blocks.
+    fn costs(&self, op: AttnOp) -> Vec<u32> {
+        let (rows, cols) = (self.plan.geometry.num_q_blocks(), self.plan.geometry.num_kv_blocks());
+        match op {
+            AttnOp::Dense => vec![cols; rows as usize],
+            AttnOp::BlockSparse { mask } => row_counts(&self.plan.masks[mask]),
+            AttnOp::AnchorRows { .. } => vec![cols; self.anchor_tiles as usize],
+        }
+    }
+
+    fn list(&self, ops: &[AttnOp]) -> Vec<WorkItem> {
+        let cols = self.plan.geometry.num_kv_blocks();
+        // Heads that share a mask share its costs.
+        let mut of_mask: HashMap<MaskId, Vec<u32>> = HashMap::new();
+        let mut heads: Vec<(HeadId, AttnOp, Vec<u32>)> = (0..)
+            .map(HeadId)
+            .zip(ops)
+            .map(|(head, &op)| match op {
+                AttnOp::BlockSparse { mask } => {
+                    (head, op, of_mask.entry(mask).or_insert_with(|| self.costs(op)).clone())
+                }
+                _ => (head, op, self.costs(op)),
+            })
+            .collect();
+        let total = |costs: &[u32]| costs.iter().map(|&c| u64::from(c)).sum::<u64>();
+        // Stable: equal heads stay in id order.
+        heads.sort_by_cached_key(|(_, _, costs)| std::cmp::Reverse(total(costs)));
+        let mut items = Vec::with_capacity(heads.iter().map(|(_, _, costs)| costs.len()).sum());
+        for group in heads.chunks(self.group) {
+            let start = items.len();
+            for (rank, (head, op, costs)) in group.iter().enumerate() {
+                for (tile, &cost) in (0..).zip(costs) {
+                    let place = match op {
+                        AttnOp::AnchorRows { .. } => tile,
+                        _ => self.curve[tile as usize],
+                    };
+                    // 0 is the longest class: whole rows and those within a class of them.
+                    let class = u64::from(cols - cost.min(cols)) * u64::from(LENGTHS) / u64::from(cols);
+                    items.push((class, rank, place, WorkItem::new(*head, tile)));
+                }
+            }
+            items[start..].sort_unstable();
+        }
+        items.into_iter().map(|(.., item)| item).collect()
+    }
+}
+
+fn row_counts(mask: &BlockMask) -> Vec<u32> {
+    (0..mask.rows()).map(|r| mask.row_count(r)).collect()
+}
+
+/// Place of each query block on a Z-order curve of the latent grid, whose cells are as large as the largest block; text blocks
+/// stand at the end they have in the sequence.
+fn curve(g: &Geometry) -> Vec<u32> {
+    #[derive(Clone, Copy)]
+    struct Extent {
+        tokens: u32,
+        sum: [u64; 3],
+        low: [u32; 3],
+        high: [u32; 3],
+    }
+    let none = Extent { tokens: 0, sum: [0; 3], low: [u32::MAX; 3], high: [0; 3] };
+    let mut blocks = vec![none; g.num_q_blocks() as usize];
+    for f in 0..g.frames {
+        for y in 0..g.height {
+            for x in 0..g.width {
+                let block = &mut blocks[(g.position(f, y, x) / BLOCK) as usize];
+                block.tokens += 1;
+                for (d, at) in [f, y, x].into_iter().enumerate() {
+                    block.sum[d] += u64::from(at);
+                    block.low[d] = block.low[d].min(at);
+                    block.high[d] = block.high[d].max(at);
+                }
+            }
+        }
+    }
+    // The typical block sets the cell: the median, because a block at the seam of two tiles or frames spans far more.
+    let cell: [u32; 3] = std::array::from_fn(|d| {
+        let mut spans: Vec<u32> = blocks.iter().filter(|b| b.tokens > 0).map(|b| b.high[d] - b.low[d] + 1).collect();
+        spans.sort_unstable();
+        spans[spans.len() / 2]
+    });
+    let text_first = g.text_position == calibc_ir::TextPosition::Before;
+    let place = |block: &Extent| -> u64 {
+        if block.tokens == 0 {
+            return if text_first { 0 } else { u64::MAX };
+        }
+        let at = std::array::from_fn(|d| (block.sum[d] / u64::from(block.tokens)) as u32 / cell[d]);
+        interleave(at)
+    };
+    let mut order: Vec<(u64, u32)> = (0..).zip(&blocks).map(|(i, block)| (place(block), i)).collect();
+    order.sort_unstable();
+    let mut places = vec![0; blocks.len()];
+    (0..).zip(order).for_each(|(place, (_, block))| places[block as usize] = place);
+    places
+}
+
+/// Z-order: the bits of three coordinates in turn. 21 bits are enough: no grid has more than 2^15 blocks.
+fn interleave(at: [u32; 3]) -> u64 {
+    let bits = (0..21).flat_map(|bit| (0..3).map(move |d| (bit, d)));
+    bits.fold(0, |key, (bit, d)| key | u64::from(at[d] >> bit & 1) << (3 * bit + (2 - d)))
+}
+
+/// The schedule in the making; equal lists become one.
+struct Lists {
+    schedule: Schedule,
+    // Hash -> lists with that hash. Looked up, never iterated.
+    by_hash: HashMap<u64, Vec<u32>>,
+    hasher: RandomState,
+}
+
+impl Lists {
+    fn new() -> Self {
+        let schedule = Schedule { list_ptr: vec![0], ..Schedule::default() };
+        Self { schedule, by_hash: HashMap::new(), hasher: RandomState::new() }
+    }
+
+    fn push(&mut self, list: &[WorkItem]) {
+        let schedule = &mut self.schedule;
+        let known = self.by_hash.entry(self.hasher.hash_one(list)).or_default();
+        let id = known.iter().copied().find(|&id| schedule.list(id) == list).unwrap_or_else(|| {
+            let id = (schedule.list_ptr.len() - 1) as u32;
+            schedule.items.extend_from_slice(list);
+            schedule.list_ptr.push(u32::try_from(schedule.items.len()).expect("the verifier bounds work items by u32"));
+            known.push(id);
+            id
+        });
+        schedule.list_of.push(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use calibc_ir::{Layout, Model, TextPosition};
+
+    #[test]
+    fn the_curve_keeps_neighbours_of_the_grid_together() {
+        // 4 frames of 8 rows of 64: a block is 2 rows, 4 blocks a frame; Z-order visits 2x2 cells of (frame, row pair).
+        let places = curve(&Geometry::video(4, 8, 64));
+        assert_eq!(places, [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]);
+        // Tiles of exactly one block: 2x2x2 of them, in Z-order already.
+        let tiles = Geometry { layout: Layout::Tile([2, 8, 8]), ..Geometry::video(4, 16, 16) };
+        assert_eq!(curve(&tiles), [0, 1, 2, 3, 4, 5, 6, 7]);
+        let text = Geometry { text_tokens: 300, text_position: TextPosition::Before, ..Geometry::video(1, 4, 128) };
+        assert_eq!(curve(&text)[..3], [0, 1, 2]);
+    }
+
+    #[test]
+    fn every_block_has_its_own_place() {
+        for g in [
+            Geometry::video(7, 11, 13),
+            Geometry::sequence(1000, 77),
+            Geometry { layout: Layout::Tile([2, 8, 8]), ..Geometry::video(5, 20, 27) },
+            Geometry { text_tokens: 999, text_position: TextPosition::After, ..Geometry::video(1, 1, 1) },
+        ] {
+            let mut places = curve(&g);
+            places.sort_unstable();
+            assert_eq!(places, (0..g.num_q_blocks()).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn long_tiles_run_first_within_what_l2_holds() {
+        let model = Model { name: "t".into(), layers: 1, heads: 2, head_dim: 128 };
+        let mut plan = Plan::dense(model, Geometry::video(1, 4, 128), vec![1.0]);
+        let rows = |costs: [u32; 4]| BlockMask::from_fn(4, 4, |r, c| c < costs[r as usize]);
+        for (head, costs) in [[1, 2, 3, 4], [4, 3, 3, 1]].into_iter().enumerate() {
+            plan.ops[head] = AttnOp::BlockSparse { mask: plan.masks.intern(rows(costs)) };
+        }
+        let items = |l2_bytes| {
+            let target = Target { l2_bytes, running_tiles: 1, ..Target::default() };
+            schedule(&plan, &target).items.iter().map(|i| (i.head().0, i.tile())).collect::<Vec<_>>()
+        };
+        // Both heads fit: one longest-first order. Only one fits: the costly head first, longest-first inside.
+        let head_bytes = 4 * 512 * 128;
+        assert_eq!(items(2 * head_bytes), [(1, 0), (0, 3), (1, 1), (1, 2), (0, 2), (0, 1), (1, 3), (0, 0)]);
+        assert_eq!(items(2 * head_bytes - 1), [(1, 0), (1, 1), (1, 2), (1, 3), (0, 3), (0, 2), (0, 1), (0, 0)]);
+    }
+}

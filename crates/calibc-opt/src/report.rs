@@ -1,0 +1,322 @@
+//! What a plan costs on prompts that did not choose it.
+
+use std::fmt;
+
+use calibc_ir::{AttnOp, BlockMask, MaskId, Plan, Site, StepId};
+use rayon::prelude::*;
+
+use crate::calibration::{Calibration, Evidence, Shape, Split, shape_of};
+use crate::error::OptError;
+use crate::hooks::{Hooks, Watch};
+use crate::passes::protect::{empty_rows, fill_rows, protect_text};
+use crate::policy::{CalibAtt, Policy};
+
+/// Which prompts judge the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// Prompts of the holdout split, under the plan's masks.
+    Holdout,
+    /// Each calibration prompt under the masks the others choose (before any sharing, which only adds blocks).
+    LeaveOneOut,
+    /// The calibration prompts under the plan's masks: explicit masks, which they did not choose, or a single prompt, which did.
+    Calibration,
+    /// There are no traces.
+    None,
+}
+
+impl fmt::Display for Basis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Holdout => "holdout",
+            Self::LeaveOneOut => "leave-one-out",
+            Self::Calibration => "calibration",
+            Self::None => "none",
+        })
+    }
+}
+
+/// What a plan keeps and loses.
+///
+/// Recall of a row = the energy its mask keeps; decoded energies are taken as they are, so that a whole row may miss 1 by the
+/// error of the encoding. It is measured over the rows of block-sparse sites at the steps that have energies; dense sites lose
+/// nothing and are not counted, and anchor sites are judged by their own measures.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// Which prompts judge.
+    pub basis: Basis,
+    /// How many.
+    pub prompts: usize,
+    /// The steps recall is measured at: those the traces cover.
+    pub evaluated_steps: Vec<StepId>,
+    /// Distinct masks of the plan.
+    pub masks: usize,
+    /// Everything together.
+    pub overall: Group,
+    /// By layer.
+    pub layers: Vec<Group>,
+    /// By step. Steps that are not evaluated have no recall.
+    pub steps: Vec<Group>,
+    /// Anchor sites; `None` where the plan has none.
+    pub anchors: Option<AnchorReport>,
+}
+
+/// A set of sites.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// Its ops.
+    pub ops: OpCounts,
+    /// Mean over its sites of the computed share of dense work ([`Plan::density`]).
+    pub density: f64,
+    /// Recall of its block-sparse rows; `None` where none was measured.
+    pub recall: Option<Recall>,
+}
+
+/// Sites by op.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpCounts {
+    /// Dense.
+    pub dense: u64,
+    /// Block-sparse.
+    pub block_sparse: u64,
+    /// Anchor rows.
+    pub anchor_rows: u64,
+}
+
+/// Recall over rows, prompts and sites.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recall {
+    /// Rows measured.
+    pub rows: u64,
+    /// Mean over them.
+    pub mean: f64,
+    /// 5th percentile (nearest rank), rounded down to a multiple of 1e-4: rows are counted in a histogram, not kept.
+    pub p5: f64,
+    /// The worst row, exact; the first in site, prompt and row order among equals.
+    pub worst: WorstRow,
+}
+
+/// Where recall is worst.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorstRow {
+    /// Its recall.
+    pub recall: f64,
+    /// The site.
+    pub site: Site,
+    /// The query block.
+    pub q_block: u32,
+    /// The prompt, as an index into the split that judges.
+    pub prompt: usize,
+}
+
+/// What anchor sites cost, as recorded in the traces (over calibration prompts, at evaluated steps).
+#[derive(Clone, Debug, PartialEq)]
+pub struct AnchorReport {
+    /// Anchor rows per frame.
+    pub anchors: u16,
+    /// Anchor sites of the plan.
+    pub sites: u64,
+    /// Anchor sites at evaluated steps.
+    pub evaluated: u64,
+    /// Mean similarity of rows to their nearest anchor row, over the evaluated sites that record it.
+    pub mean_similarity: Option<f64>,
+    /// Mean relative error of the copied outputs, over the evaluated sites that record it.
+    pub mean_error: Option<f64>,
+}
+
+/// Judges a plan that passed the pipeline with `policy`.
+pub fn recall_report<C: Calibration>(
+    plan: &Plan,
+    policy: &Policy,
+    calibration: &C,
+    hooks: &Hooks<'_>,
+) -> Result<Report, OptError> {
+    report(plan, policy, calibration, Watch::new(hooks))
+}
+
+/// Sites measured between two sequential sums: enough for every thread, few enough to hold their rows.
+const CHUNK: usize = 64;
+
+fn report(plan: &Plan, policy: &Policy, evidence: &dyn Evidence, watch: Watch<'_>) -> Result<Report, OptError> {
+    let judge = Judge::new(plan, policy, evidence);
+    let evaluated_steps = if judge.basis == Basis::None { Vec::new() } else { evidence.covered().to_vec() };
+    if let Some(&step) = evaluated_steps.iter().find(|step| step.0 >= plan.num_steps()) {
+        return Err(OptError::CoveredStep { step, steps: plan.num_steps() });
+    }
+    let mut overall = Sums::default();
+    let mut layers = vec![Sums::default(); plan.model.layers as usize];
+    let mut steps = vec![Sums::default(); plan.num_steps() as usize];
+    let densities: Vec<f64> = plan.masks.iter().map(|(_, mask)| mask.density()).collect();
+    let anchor_density = plan.anchors().map(|anchors| plan.density(AttnOp::AnchorRows { anchors }));
+    for (site, &op) in plan.sites().zip(&plan.ops) {
+        for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
+            match op {
+                AttnOp::Dense => group.op(|ops| &mut ops.dense, 1.0),
+                AttnOp::BlockSparse { mask } => group.op(|ops| &mut ops.block_sparse, densities[mask.index()]),
+                AttnOp::AnchorRows { .. } => group.op(|ops| &mut ops.anchor_rows, anchor_density.unwrap_or(1.0)),
+            }
+        }
+    }
+    let evaluated = |site: &Site| evaluated_steps.binary_search(&site.step).is_ok();
+    let sites = || plan.sites().filter(evaluated).map(|site| (site, plan.op(site)));
+    let sparse: Vec<(Site, MaskId)> = sites()
+        .filter_map(|(site, op)| if let AttnOp::BlockSparse { mask } = op { Some((site, mask)) } else { None })
+        .collect();
+    let anchor_sites: Vec<Site> =
+        sites().filter(|(_, op)| matches!(op, AttnOp::AnchorRows { .. })).map(|(site, _)| site).collect();
+    let work = watch.work("report", (sparse.len() + anchor_sites.len()) as u64);
+    for chunk in sparse.chunks(CHUNK) {
+        let measured = work.map(chunk.par_iter(), |&(site, mask)| judge.recalls(site, mask))?;
+        for (&(site, _), recalls) in chunk.iter().zip(measured) {
+            for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
+                group.recalls(site, &recalls, judge.shape.0);
+            }
+        }
+    }
+    let anchors = match plan.anchors() {
+        Some(anchors) => {
+            let measured = work.map(anchor_sites.par_iter(), |&site| {
+                Ok((evidence.similarity(site, anchors)?, evidence.copy_error(site, anchors)?))
+            })?;
+            Some(AnchorReport {
+                anchors,
+                sites: overall.ops.anchor_rows,
+                evaluated: anchor_sites.len() as u64,
+                mean_similarity: mean(measured.iter().filter_map(|m| m.0)),
+                mean_error: mean(measured.iter().filter_map(|m| m.1)),
+            })
+        }
+        None => None,
+    };
+    Ok(Report {
+        basis: judge.basis,
+        prompts: judge.prompts,
+        evaluated_steps,
+        masks: plan.masks.len(),
+        overall: overall.group(),
+        layers: layers.iter().map(Sums::group).collect(),
+        steps: steps.iter().map(Sums::group).collect(),
+        anchors,
+    })
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = values.fold((0.0, 0_u64), |(sum, count), value| (sum + value, count + 1));
+    (count > 0).then(|| sum / count as f64)
+}
+
+/// Measures recall at one site.
+struct Judge<'a> {
+    plan: &'a Plan,
+    evidence: &'a dyn Evidence,
+    basis: Basis,
+    /// The recipe, where masks must be chosen anew.
+    recipe: Option<CalibAtt>,
+    split: Split,
+    prompts: usize,
+    shape: Shape,
+}
+
+impl<'a> Judge<'a> {
+    fn new(plan: &'a Plan, policy: &Policy, evidence: &'a dyn Evidence) -> Self {
+        let [calibration, holdout] = [Split::Calibration, Split::Holdout].map(|split| evidence.prompts(split));
+        let (basis, recipe) = match policy {
+            _ if evidence.covered().is_empty() || holdout + calibration == 0 => (Basis::None, None),
+            _ if holdout > 0 => (Basis::Holdout, None),
+            Policy::CalibAtt(recipe) if calibration > 1 => (Basis::LeaveOneOut, Some(*recipe)),
+            _ => (Basis::Calibration, None),
+        };
+        let (split, prompts) = match basis {
+            Basis::Holdout => (Split::Holdout, holdout),
+            Basis::LeaveOneOut | Basis::Calibration => (Split::Calibration, calibration),
+            Basis::None => (Split::Calibration, 0),
+        };
+        Self { plan, evidence, basis, recipe, split, prompts, shape: shape_of(plan) }
+    }
+
+    /// Recall of every row, prompt by prompt.
+    fn recalls(&self, site: Site, mask: MaskId) -> Result<Vec<f64>, OptError> {
+        let rows = self.shape.0;
+        let mut recalls = Vec::with_capacity(self.prompts * rows as usize);
+        let maps = match &self.recipe {
+            Some(recipe) => Some((recipe, self.evidence.thresholds_without_each(site, recipe.rho, self.shape)?)),
+            None => None,
+        };
+        for prompt in 0..self.prompts {
+            let energy = self.evidence.energy_of(self.split, prompt, site, self.shape)?;
+            let chosen;
+            let mask = match &maps {
+                Some((recipe, maps)) => {
+                    let epsilon = recipe.epsilon(site.step.0, self.plan.num_steps());
+                    let map = maps.get(prompt).ok_or(OptError::NoEvidence)?;
+                    chosen = self.protected(map.mask(epsilon), site, prompt)?;
+                    &chosen
+                }
+                None => &self.plan.masks[mask],
+            };
+            recalls.extend((0..rows).map(|r| energy.recall(mask, r)));
+        }
+        Ok(recalls)
+    }
+
+    /// What select and protect make of a mask chosen without `prompt`.
+    fn protected(&self, mut mask: BlockMask, site: Site, prompt: usize) -> Result<BlockMask, OptError> {
+        protect_text(&mut mask, &self.plan.geometry);
+        let empty = empty_rows(&mask);
+        if !empty.is_empty() {
+            fill_rows(&mut mask, &empty, self.evidence, site, self.shape, Some(prompt))?;
+        }
+        Ok(mask)
+    }
+}
+
+/// Bins of the histogram: 1e-4 wide, up to 1.1; the encodings let a whole row reach 1.06.
+const BINS: usize = 11_000;
+const PER_BIN: f64 = 10_000.0;
+
+/// A [`Group`] in the making.
+#[derive(Clone, Default)]
+struct Sums {
+    ops: OpCounts,
+    density: f64,
+    rows: u64,
+    recall: f64,
+    worst: Option<WorstRow>,
+    histogram: Vec<u64>,
+}
+
+impl Sums {
+    fn op(&mut self, kind: impl Fn(&mut OpCounts) -> &mut u64, density: f64) {
+        *kind(&mut self.ops) += 1;
+        self.density += density;
+    }
+
+    fn recalls(&mut self, site: Site, recalls: &[f64], rows: u32) {
+        self.histogram.resize(BINS, 0);
+        // One sum per site, added in site order: the same on any number of threads.
+        self.recall += recalls.iter().sum::<f64>();
+        self.rows += recalls.len() as u64;
+        for (i, &recall) in recalls.iter().enumerate() {
+            self.histogram[((recall * PER_BIN) as usize).min(BINS - 1)] += 1;
+            if self.worst.as_ref().is_none_or(|worst| recall < worst.recall) {
+                let (prompt, q_block) = (i / rows as usize, (i % rows as usize) as u32);
+                self.worst = Some(WorstRow { recall, site, q_block, prompt });
+            }
+        }
+    }
+
+    fn group(&self) -> Group {
+        let OpCounts { dense, block_sparse, anchor_rows } = self.ops;
+        let density = self.density / (dense + block_sparse + anchor_rows) as f64;
+        let recall = self.worst.clone().map(|worst| {
+            let rank = self.rows.div_ceil(20);
+            let mut below = 0;
+            let bin = self.histogram.iter().position(|&count| {
+                below += count;
+                below >= rank
+            });
+            let p5 = bin.unwrap_or(0) as f64 / PER_BIN;
+            Recall { rows: self.rows, mean: self.recall / self.rows as f64, p5, worst }
+        });
+        Group { ops: self.ops, density, recall }
+    }
+}
