@@ -15,23 +15,16 @@ use crate::error::OptError;
 /// Rebuilds the mask table in normal form: the ops refer to `masks` by index; equal masks become one, masks that keep
 /// everything become dense ops, and ids are dense in order of first use by site.
 pub(crate) fn intern(plan: &mut Plan, masks: Vec<BlockMask>) {
-    enum New {
-        Waiting(BlockMask),
-        Op(AttnOp),
-    }
     let mut table = MaskTable::default();
-    let mut new: Vec<New> = masks.into_iter().map(New::Waiting).collect();
+    // Masks are moved into the table on first use: none is ever held twice.
+    let mut waiting: Vec<Option<BlockMask>> = masks.into_iter().map(Some).collect();
+    let mut settled = vec![AttnOp::Dense; waiting.len()];
     for op in &mut plan.ops {
-        let AttnOp::BlockSparse { mask } = *op else { continue };
-        let slot = &mut new[mask.index()];
-        // Moved out on first use; the placeholder is overwritten at once.
-        if let New::Waiting(mask) = std::mem::replace(slot, New::Op(AttnOp::Dense))
-            && !mask.is_full()
-        {
-            *slot = New::Op(AttnOp::BlockSparse { mask: table.intern(mask) });
-        }
-        if let New::Op(new) = slot {
-            *op = *new;
+        if let AttnOp::BlockSparse { mask } = *op {
+            if let Some(bits) = waiting[mask.index()].take().filter(|bits| !bits.is_full()) {
+                settled[mask.index()] = AttnOp::BlockSparse { mask: table.intern(bits) };
+            }
+            *op = settled[mask.index()];
         }
     }
     plan.masks = table;
