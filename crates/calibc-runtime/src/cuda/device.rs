@@ -221,7 +221,7 @@ impl DeviceBuffer {
         }
     }
 
-    /// Copies `data` to byte offset `at`. Work that uses the buffer must have finished, or be on the default stream.
+    /// Copies `data` to byte offset `at`; done on return. Earlier work of other streams on the buffer must have finished.
     pub fn write<T: bytemuck::NoUninit>(&self, at: usize, data: &[T]) -> Result<(), RuntimeError> {
         let to = self.span(at, size_of_val(data))?;
         if data.is_empty() {
@@ -229,10 +229,11 @@ impl DeviceBuffer {
         }
         let _current = self.device.bind()?;
         // SAFETY: the range lies inside this allocation (`span`), and T has no padding (NoUninit).
-        unsafe { result::memcpy_htod_sync(to, data) }.map_err(failed("copy to the GPU"))
+        unsafe { result::memcpy_htod_sync(to, data) }.map_err(failed("copy to the GPU"))?;
+        finish_default_stream()
     }
 
-    /// Copies from byte offset `at` into `data`, after all earlier work of the default stream.
+    /// Copies from byte offset `at` into `data`. Earlier work of other streams on the buffer must have finished.
     pub fn read<T: bytemuck::AnyBitPattern>(&self, at: usize, data: &mut [T]) -> Result<(), RuntimeError> {
         let from = self.span(at, size_of_val(data))?;
         if data.is_empty() {
@@ -250,12 +251,20 @@ impl DeviceBuffer {
         Ok(data)
     }
 
-    /// Sets every byte.
+    /// Sets every byte; done on return. Earlier work of other streams on the buffer must have finished.
     pub fn fill(&self, byte: u8) -> Result<(), RuntimeError> {
         let _current = self.device.bind()?;
         // SAFETY: the whole allocation, which this value owns.
-        unsafe { result::memset_d8_sync(self.ptr, byte, self.bytes) }.map_err(failed("fill GPU memory"))
+        unsafe { result::memset_d8_sync(self.ptr, byte, self.bytes) }.map_err(failed("fill GPU memory"))?;
+        finish_default_stream()
     }
+}
+
+/// Copies from pageable memory and fills return before the GPU has done them; streams that do not wait for the default one
+/// would read too early.
+fn finish_default_stream() -> Result<(), RuntimeError> {
+    // SAFETY: the default stream always exists; the caller has made a context current.
+    unsafe { result::stream::synchronize(std::ptr::null_mut()) }.map_err(failed("wait for a copy to the GPU"))
 }
 
 impl Drop for DeviceBuffer {

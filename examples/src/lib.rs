@@ -1,1 +1,0 @@
-//! One runnable file per user story.

@@ -1,0 +1,301 @@
+//! One suite of randomised problems, two backends: the CPU reference against naive masked attention everywhere, and CUDA against
+//! the CPU reference where there is a GPU.
+//!
+//! Without a GPU the CUDA tests report a skip with its reason; `CALIBC_REQUIRE_GPU=1` makes that a failure. The test executable can
+//! be carried to another machine: it generates all inputs, and needs an NVRTC there or kernels as `kernels` describes.
+//! `CALIBC_TEST_PROBLEM=17` runs one problem.
+
+mod device;
+mod graph;
+mod kernels;
+mod problem;
+
+use std::collections::BTreeSet;
+use std::io::Write;
+
+use anyhow::{Context, ensure};
+use calibc_ir::{Arch, DType, Plan, Site, Variant};
+use calibc_nvrtc::testing::SKIP_PREFIX;
+use calibc_runtime::cuda::Device;
+use calibc_runtime::reference::{self, Options, Output, masked};
+use calibc_runtime::{Engine, RuntimeError};
+use rayon::prelude::*;
+
+use device::{Loaded, Written, bundle};
+use graph::Graph;
+use problem::{COUNT, Inputs, Numbers, Problem};
+
+/// Largest relative Frobenius error of outputs against f32.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::Bf16 => 4e-3,
+        DType::Fp16 => 1e-3,
+    }
+}
+
+/// Largest absolute error of a log-sum-exp.
+const LSE_TOLERANCE: f64 = 1e-3;
+
+/// Prints past the test harness, which would swallow it.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// The first GPU; where there is none, the test is over.
+fn gpu() -> Option<Device> {
+    match device::first_gpu() {
+        Ok(device) => Some(device),
+        Err(error) => {
+            let required = std::env::var_os("CALIBC_REQUIRE_GPU").is_some_and(|value| value == "1");
+            assert!(!required, "CALIBC_REQUIRE_GPU=1, but {error:#}");
+            let name = std::thread::current().name().unwrap_or("a test").to_owned();
+            let _ = std::io::stderr().write_all(format!("{SKIP_PREFIX}{name}: {error:#}\n").as_bytes());
+            None
+        }
+    }
+}
+
+fn problems() -> Vec<Problem> {
+    let only = std::env::var("CALIBC_TEST_PROBLEM").ok().map(|n| n.parse::<u64>().expect("a problem's number"));
+    (0..COUNT).filter(|n| only.is_none_or(|only| only == *n)).map(Problem::new).collect()
+}
+
+fn on_cpu(problem: &Problem, plan: &Plan, inputs: &Inputs) -> anyhow::Result<Output> {
+    let options = Options { softmax_scale: problem.softmax_scale, round_to: None };
+    let output = inputs.with(|[q, k, v]| reference::attention(plan, problem.step, problem.layer, q, k, v, &options))?;
+    Ok(output)
+}
+
+/// Relative Frobenius error; the absolute one where `want` is all zeros.
+fn relative(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
+    let (error, norm) =
+        pairs.fold((0.0, 0.0), |(error, norm), (got, want)| (error + (got - want).powi(2), norm + want * want));
+    if norm == 0.0 { f64::sqrt(error) } else { f64::sqrt(error / norm) }
+}
+
+/// Greatest difference; infinite where one side is -inf or NaN and the other is not.
+fn greatest(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
+    pairs
+        .map(|(got, want)| if got == want { 0.0 } else { (got - want).abs() })
+        .fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
+}
+
+/// Output and log-sum-exp errors of the CPU reference, on sampled rows of every head.
+fn reference_errors(problem: &Problem) -> anyhow::Result<(f64, f64)> {
+    let (plan, inputs) = (problem.plan(), problem.inputs());
+    let got = on_cpu(problem, &plan, &inputs)?;
+    let [batch, heads, tokens, d] = got.shape;
+    let mut numbers = Numbers::new(problem.number);
+    let (mut outs, mut lses) = (Vec::new(), Vec::new());
+    for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+        let mut rows: BTreeSet<u32> = (0..12).map(|_| numbers.below(tokens as u64) as u32).collect();
+        rows.extend([0, tokens as u32 - 1]);
+        let rows: Vec<u32> = rows.into_iter().collect();
+        let site = Site::new(problem.step.0, problem.layer.0, h as u32);
+        let want = inputs.with(|[q, k, v]| masked::rows(&plan, site, b, q, k, v, problem.softmax_scale, &rows))?;
+        for (&row, want) in rows.iter().zip(&want) {
+            let at = (b * heads + h) * tokens + row as usize;
+            let got_row = &got.out[at * d..][..d];
+            outs.extend(got_row.iter().zip(&want.out).map(|(&got, &want)| (f64::from(got), want)));
+            lses.push((f64::from(got.lse[at]), want.lse));
+        }
+    }
+    Ok((relative(outs.into_iter()), greatest(lses.into_iter())))
+}
+
+#[test]
+fn the_reference_agrees_with_naive_attention() {
+    for problem in problems() {
+        let (error, lse) = reference_errors(&problem).unwrap();
+        assert!(error < 5e-6, "{problem}: relative error {error:.2e}");
+        assert!(lse < 5e-5, "{problem}: log-sum-exp off by {lse:.2e}");
+    }
+}
+
+/// Runs one problem twice on the GPU; output and log-sum-exp errors.
+fn cuda_errors(
+    device: &Device,
+    problem: &Problem,
+    plan: &Plan,
+    kernel: &calibc_bundle::Kernel,
+) -> anyhow::Result<(f64, f64)> {
+    let inputs = problem.inputs();
+    let want = on_cpu(problem, plan, &inputs)?;
+    let loaded = Loaded::new(device, problem, plan, kernel, &inputs)?;
+    let got = loaded.run()?;
+    let again = loaded.run()?;
+    ensure!(got.bits == again.bits, "a second run gave other bits");
+    let bits = |lse: &Option<Vec<f32>>| lse.as_ref().map(|lse| lse.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    ensure!(bits(&got.lse) == bits(&again.lse), "a second run gave other log-sum-exps");
+    Ok(errors(&got, &want))
+}
+
+fn errors(got: &Written, want: &Output) -> (f64, f64) {
+    let pairs = |got: &[f32], want: &[f32]| {
+        got.iter().map(|&x| f64::from(x)).zip(want.iter().map(|&x| f64::from(x))).collect::<Vec<_>>()
+    };
+    let lse = got.lse.as_ref().map_or(0.0, |lse| greatest(pairs(lse, &want.lse).into_iter()));
+    (relative(pairs(&got.out, &want.out).into_iter()), lse)
+}
+
+#[test]
+fn cuda_agrees_with_the_reference() {
+    let Some(device) = gpu() else { return prepare() };
+    let info = device.info().unwrap();
+    let arch = kernels::arch_for(info.compute_capability).unwrap();
+    print(&format!("\n{} ({arch}, driver CUDA {}.{})\n", info.name, info.driver_version.0, info.driver_version.1));
+    let work: Vec<(Problem, Plan)> = problems().into_par_iter().map(|p| (p.clone(), p.plan())).collect();
+    let kernels = kernels::kernels(&variants(&work), arch).unwrap();
+    let (mut failures, mut worst) = (Vec::new(), [(0.0, 0.0); 2]);
+    for (problem, plan) in &work {
+        let result = cuda_errors(&device, problem, plan, &kernels[&problem.variant(plan)]);
+        let verdict = match result {
+            Err(error) => Err(format!("{error:#}")),
+            Ok((error, lse)) => {
+                let worst = &mut worst[problem.dtype as usize];
+                *worst = (f64::max(worst.0, error), f64::max(worst.1, lse));
+                let good = error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE;
+                let text = format!("error {error:.2e} lse {lse:.2e}");
+                if good { Ok(text) } else { Err(text) }
+            }
+        };
+        match verdict {
+            Ok(text) => print(&format!("ok   {text}  {problem}\n")),
+            Err(text) => {
+                print(&format!("FAIL {text}  {problem}\n"));
+                failures.push(problem.number);
+            }
+        }
+    }
+    for (dtype, (error, lse)) in DType::ALL.iter().zip(worst) {
+        print(&format!("worst {dtype}: error {error:.2e} (allowed {:.0e}), lse {lse:.2e}\n", tolerance(*dtype)));
+    }
+    assert!(failures.is_empty(), "problems {failures:?} failed");
+}
+
+fn variants(work: &[(Problem, Plan)]) -> Vec<Variant> {
+    let variants: BTreeSet<Variant> = work.iter().map(|(problem, plan)| problem.variant(plan)).collect();
+    variants.into_iter().collect()
+}
+
+/// Without a GPU: where a folder for kernels is named, fills it for another machine.
+fn prepare() {
+    if std::env::var_os("CALIBC_TEST_KERNELS").is_some() {
+        let work: Vec<(Problem, Plan)> = problems().into_iter().map(|p| (p.clone(), p.plan())).collect();
+        let arch = kernels::arch_for((9, 0)).unwrap();
+        let kernels = kernels::kernels(&variants(&work), arch).unwrap();
+        print(&format!("{} kernels for {arch} are ready\n", kernels.len()));
+    }
+}
+
+/// The first problem that `wanted` accepts, loaded.
+fn with_problem(
+    device: &Device,
+    wanted: impl Fn(&Problem) -> bool,
+    run: impl FnOnce(&Problem, &Plan, &Loaded<'_>) -> anyhow::Result<()>,
+) {
+    let problem = (0..COUNT).map(Problem::new).find(wanted).expect("the suite has such a problem");
+    let (plan, inputs) = (problem.plan(), problem.inputs());
+    let result = (|| {
+        let arch = kernels::arch_for(device.info()?.compute_capability)?;
+        let variant = problem.variant(&plan);
+        let kernels = kernels::kernels(&[variant], arch)?;
+        let loaded = Loaded::new(device, &problem, &plan, &kernels[&variant], &inputs)?;
+        run(&problem, &plan, &loaded)
+    })();
+    result.with_context(|| problem.to_string()).unwrap();
+}
+
+#[test]
+fn a_captured_graph_follows_the_step_in_memory() {
+    let Some(device) = gpu() else { return };
+    with_problem(
+        &device,
+        |p| p.lse && p.heads.len() > 2,
+        |problem, plan, loaded| {
+            let graph = Graph::capture(loaded.stream(), || Ok(loaded.submit(true)?))?;
+            for step in [0, 1, 0] {
+                loaded.set_step(step)?;
+                loaded.poison()?;
+                graph.replay(loaded.stream())?;
+                loaded.stream().synchronize()?;
+                let got = loaded.collect()?;
+                let at_step = Problem { step: calibc_ir::StepId(step), ..problem.clone() };
+                let (error, lse) = errors(&got, &on_cpu(&at_step, plan, &problem.inputs())?);
+                ensure!(
+                    error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE,
+                    "step {step}: {error:.2e} {lse:.2e}"
+                );
+            }
+            Ok(())
+        },
+    );
+}
+
+#[test]
+fn a_step_past_the_last_writes_nothing() {
+    let Some(device) = gpu() else { return };
+    with_problem(
+        &device,
+        |p| p.lse,
+        |_, plan, loaded| {
+            for step in [plan.num_steps(), u32::MAX] {
+                loaded.set_step(step)?;
+                loaded.poison()?;
+                loaded.submit(true)?;
+                loaded.stream().synchronize()?;
+                ensure!(loaded.untouched()?, "step {step} wrote something");
+            }
+            Ok(())
+        },
+    );
+}
+
+#[test]
+fn threads_share_one_engine() {
+    let Some(device) = gpu() else { return };
+    with_problem(
+        &device,
+        |p| !p.step_on_device && p.heads.len() > 2,
+        |_, _, loaded| {
+            let first = loaded.run()?.bits;
+            // All write the same values to the same place, so any interleaving must leave these.
+            std::thread::scope(|scope| {
+                let threads: Vec<_> =
+                    (0..4).map(|_| scope.spawn(|| (0..50).try_for_each(|_| loaded.submit(false)))).collect();
+                threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+            })?;
+            loaded.stream().synchronize()?;
+            ensure!(loaded.collect()?.bits == first, "concurrent launches gave other bits");
+            Ok(())
+        },
+    );
+}
+
+#[test]
+fn a_bundle_for_other_gpus_is_refused() {
+    let Some(device) = gpu() else { return };
+    let (major, _) = device.info().unwrap().compute_capability;
+    let other: Arch = if major == 12 { "sm_80" } else { "sm_120" }.parse().unwrap();
+    let problem = Problem::new(0);
+    let plan = problem.plan();
+    let source = calibc_codegen::generate(&problem.variant(&plan)).unwrap();
+    // Never loaded, so any bytes will do.
+    let kernel = calibc_bundle::Kernel {
+        variant: problem.variant(&plan),
+        arch: other,
+        symbol: source.symbol,
+        source: source.text,
+        cubin: vec![1],
+        threads: source.threads,
+        shared_bytes: source.shared_bytes,
+        resources: calibc_bundle::Resources::default(),
+        nvrtc: (13, 0),
+    };
+    let error = Engine::new(0, &bundle(&problem, &plan, &kernel).unwrap()).unwrap_err();
+    assert!(matches!(error, RuntimeError::Bundle(calibc_bundle::BundleError::NotForThisGpu { .. })), "{error}");
+    let right =
+        calibc_bundle::Kernel { arch: kernels::arch_for(device.info().unwrap().compute_capability).unwrap(), ..kernel };
+    let error = Engine::new(0, &bundle(&problem, &plan, &right).unwrap()).unwrap_err();
+    assert!(matches!(error, RuntimeError::Driver { .. }), "machine code that is none: {error}");
+}

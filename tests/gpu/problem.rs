@@ -1,0 +1,369 @@
+//! The problems of the suite: everything about them follows from their number.
+
+use std::fmt;
+
+use calibc_ir::{BlockMask, DType, Geometry, LayerId, Layout, Model, Plan, Site, StepId, TextPosition, Variant};
+use calibc_opt::{Explicit, Hooks, NoCalibration, Policy, SiteMask, Target, standard};
+use calibc_runtime::HostTensor;
+use calibc_runtime::Operand;
+use half::{bf16, f16};
+
+/// Problems of the suite.
+pub(crate) const COUNT: u64 = 96;
+const STEPS: u32 = 2;
+const LAYERS: u32 = 2;
+
+/// A stream of numbers that a seed decides (splitmix64).
+#[derive(Clone, Debug)]
+pub(crate) struct Numbers(u64);
+
+impl Numbers {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+
+    /// Roughly normal, variance 1.
+    fn normal(&mut self) -> f32 {
+        let sum: f32 = (0..6).map(|_| ((self.next() >> 40) as f32) / (1 << 24) as f32).sum();
+        (sum - 3.0) * std::f32::consts::SQRT_2
+    }
+}
+
+/// Which blocks a head keeps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Kept {
+    /// One block of each row.
+    OnePerRow,
+    /// Each block with this chance in 100, and one of each row at least.
+    Percent(u64),
+    /// The diagonal and its neighbours.
+    Band,
+    /// Every block of a mask.
+    All,
+}
+
+/// What one head does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum HeadKind {
+    Dense,
+    Mask(Kept),
+    Anchors(u16),
+}
+
+/// One problem.
+#[derive(Clone, Debug)]
+pub(crate) struct Problem {
+    pub(crate) number: u64,
+    pub(crate) dtype: DType,
+    pub(crate) head_dim: u32,
+    pub(crate) geometry: Geometry,
+    /// One per head, at the step and layer that run.
+    pub(crate) heads: Vec<HeadKind>,
+    pub(crate) batch: usize,
+    /// Text tokens missing at run time, of queries and of keys.
+    pub(crate) cut: (u32, u32),
+    pub(crate) lse: bool,
+    /// `[B, S, H, D]` in memory, else `[B, H, S, D]`.
+    pub(crate) token_major: bool,
+    /// Unused elements between rows and between heads.
+    pub(crate) gaps: bool,
+    pub(crate) step_on_device: bool,
+    pub(crate) step: StepId,
+    pub(crate) layer: LayerId,
+    pub(crate) softmax_scale: Option<f32>,
+    /// How far apart scores lie.
+    pub(crate) spread: f32,
+}
+
+impl Problem {
+    /// Problem `number`.
+    pub(crate) fn new(number: u64) -> Self {
+        let mut n = Numbers::new(0xca11b << 32 | number);
+        let bit = |at: u32| number >> at & 1 == 1;
+        let geometry = geometry(number, &mut n);
+        let text = if geometry.text_position == TextPosition::After { geometry.text_tokens } else { 0 };
+        let cut = match number / 6 % 4 {
+            0 => (0, 0),
+            1 => (text, text),
+            2 => (n.below(u64::from(text) + 1) as u32, text / 2),
+            _ => (0, n.below(u64::from(text) + 1) as u32),
+        };
+        // A grid has anchor rows to offer; a plain sequence is one row.
+        let anchors = (geometry.height > 1 && !number.is_multiple_of(3))
+            .then(|| 1 + n.below(u64::from(geometry.height.min(5))) as u16);
+        let large = geometry.kv_tokens() > 4096;
+        let heads = (0..if large { 2 } else { 1 + n.below(5) })
+            .map(|_| match (n.below(4), anchors) {
+                (0, _) => HeadKind::Dense,
+                (1, Some(anchors)) => HeadKind::Anchors(anchors),
+                _ => HeadKind::Mask(n.pick(&[
+                    Kept::OnePerRow,
+                    Kept::Percent(5),
+                    Kept::Percent(25),
+                    Kept::Percent(50),
+                    Kept::Percent(90),
+                    Kept::Band,
+                    Kept::All,
+                ])),
+            })
+            .collect();
+        Self {
+            number,
+            dtype: if bit(0) { DType::Fp16 } else { DType::Bf16 },
+            head_dim: if bit(1) { 64 } else { 128 },
+            geometry,
+            heads,
+            batch: 1 + (number % 3) as usize,
+            cut,
+            lse: bit(2),
+            token_major: bit(3),
+            gaps: bit(4) != bit(1),
+            step_on_device: bit(5) != bit(0),
+            step: StepId(n.below(u64::from(STEPS)) as u32),
+            layer: LayerId(n.below(u64::from(LAYERS)) as u32),
+            softmax_scale: if number % 5 == 4 { Some(0.06) } else { None },
+            spread: n.pick(&[1.0, 1.0, 4.0]),
+        }
+    }
+
+    /// Query and key tokens at run time.
+    pub(crate) fn tokens(&self) -> (u32, u32) {
+        (self.geometry.q_tokens() - self.cut.0, self.geometry.kv_tokens() - self.cut.1)
+    }
+
+    /// Logical shapes `[batch, head, token, head_dim]` of q and out, and of k and v.
+    pub(crate) fn shapes(&self) -> [[usize; 4]; 2] {
+        let (q, kv) = self.tokens();
+        [q, kv].map(|tokens| [self.batch, self.heads.len(), tokens as usize, self.head_dim as usize])
+    }
+
+    /// The kernel it runs.
+    pub(crate) fn variant(&self, plan: &Plan) -> Variant {
+        let fits = |v: &&Variant| (v.dtype, v.lse) == (self.dtype, self.lse);
+        *plan.variants.iter().find(fits).expect("the target asks for every element type, with and without LSE")
+    }
+
+    /// The whole plan, through the real pipeline. Sites that do not run get other ops, so that a wrong table shows.
+    pub(crate) fn plan(&self) -> Plan {
+        let model =
+            Model { name: "suite".into(), layers: LAYERS, heads: self.heads.len() as u32, head_dim: self.head_dim };
+        let problem = self.clone();
+        let source = move |site: Site| problem.site(site);
+        let plan = Plan::dense(model, self.geometry, vec![1.0; STEPS as usize]);
+        standard(&Policy::Explicit(Explicit::new(source)), &Target::default())
+            .run(plan, &NoCalibration, Hooks::default())
+            .expect("problems are valid plans")
+    }
+
+    fn site(&self, site: Site) -> SiteMask {
+        let mut n = Numbers::new(self.number << 32 | u64::from(site.step.0 * 64 + site.layer.0 * 16 + site.head.0));
+        let (rows, cols) = (self.geometry.num_q_blocks(), self.geometry.num_kv_blocks());
+        let runs = (site.step, site.layer) == (self.step, self.layer);
+        let kept = match self.heads[site.head.index()] {
+            HeadKind::Dense if runs => return SiteMask::Dense,
+            HeadKind::Anchors(anchors) if runs => return SiteMask::Anchors(anchors),
+            HeadKind::Mask(kept) if runs => kept,
+            _ => Kept::Percent(50),
+        };
+        let one: Vec<u32> = (0..rows).map(|_| n.below(u64::from(cols)) as u32).collect();
+        SiteMask::Mask(BlockMask::from_fn(rows, cols, |r, c| match kept {
+            Kept::All => true,
+            Kept::OnePerRow => c == one[r as usize],
+            Kept::Percent(percent) => c == one[r as usize] || n.below(100) < percent,
+            Kept::Band => (u64::from(r) * u64::from(cols) / u64::from(rows)).abs_diff(u64::from(c)) <= 1,
+        }))
+    }
+
+    /// q, k and v.
+    pub(crate) fn inputs(&self) -> Inputs {
+        let mut n = Numbers::new(self.number.wrapping_mul(0x5851_f42d_4c95_7f2d) | 1);
+        let [q, kv] = self.shapes();
+        let shapes = [q, kv, kv];
+        let mut values = |shape: [usize; 4], factor: f32| -> Vec<u16> {
+            let values = (0..shape.iter().product()).map(|_: usize| factor * n.normal());
+            match self.dtype {
+                DType::Bf16 => values.map(|x| bf16::from_f32(x).to_bits()).collect(),
+                DType::Fp16 => values.map(|x| f16::from_f32(x).to_bits()).collect(),
+            }
+        };
+        let data = [values(q, self.spread), values(kv, 1.0), values(kv, 1.0)];
+        Inputs { dtype: self.dtype, shapes, data }
+    }
+}
+
+/// Token counts of every residue class, a grid with and without text, or more keys than one mask word has blocks.
+fn geometry(number: u64, n: &mut Numbers) -> Geometry {
+    const EDGES: [u32; 14] = [1, 127, 128, 129, 7, 64, 130, 191, 250, 255, 256, 257, 383, 640];
+    let round = number / 6;
+    let tokens = |n: &mut Numbers, salt: u64| match (round + salt) % 2 {
+        0 => EDGES[((round / 2 + salt * 3) % 14) as usize],
+        _ => (128 * n.below(6) + 8 * n.below(16) + 1 + (round / 2 + salt * 5) % 8) as u32,
+    };
+    let grid = |n: &mut Numbers| Geometry::video(1 + n.below(4) as u32, 2 + n.below(11) as u32, 3 + n.below(28) as u32);
+    let tile = |n: &mut Numbers| Layout::Tile([n.pick(&[1, 2]), n.pick(&[4, 5, 8]), n.pick(&[4, 8])]);
+    let text = |n: &mut Numbers| n.pick(&[1u32, 9, 77, 128, 226, 333]);
+    match number % 6 {
+        0 => Geometry::sequence(tokens(n, 0), tokens(n, 1)),
+        1 if round % 4 == 3 => Geometry::sequence(tokens(n, 0).min(400), 4200 + n.below(4500) as u32),
+        1 => {
+            let same = tokens(n, 0);
+            Geometry::sequence(same, same)
+        }
+        2 => grid(n),
+        3 => Geometry { layout: tile(n), ..grid(n) },
+        4 => {
+            let layout = if round.is_multiple_of(2) { Layout::Raster } else { tile(n) };
+            // Sometimes the video fills its blocks, so that a text block holds text alone and can be cut away whole.
+            let video = if round.is_multiple_of(3) { Geometry::video(2, 8, 16) } else { grid(n) };
+            Geometry { text_tokens: text(n), text_position: TextPosition::After, layout, ..video }
+        }
+        _ => {
+            let layout = if round.is_multiple_of(2) { Layout::Raster } else { tile(n) };
+            Geometry { text_tokens: text(n), text_position: TextPosition::Before, layout, ..grid(n) }
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (q, kv) = self.tokens();
+        let layout = if self.token_major { "bshd" } else { "bhsd" };
+        write!(f, "#{:<3} {} d{:<3} b{} {layout}", self.number, self.dtype, self.head_dim, self.batch)?;
+        write!(f, "{} q {q:<4} kv {kv:<4}", if self.gaps { "+gaps" } else { "     " })?;
+        write!(f, " {:<6}", if self.geometry.layout == Layout::Raster { "raster" } else { "tiles" })?;
+        write!(f, " text {:<6}", self.geometry.text_position.to_string())?;
+        write!(
+            f,
+            " {:<3} step {}",
+            if self.lse { "lse" } else { "" },
+            if self.step_on_device { "gpu " } else { "host" }
+        )?;
+        let heads: Vec<String> = (self.heads.iter())
+            .map(|head| match head {
+                HeadKind::Dense => "dense".into(),
+                HeadKind::Anchors(k) => format!("anchors{k}"),
+                HeadKind::Mask(Kept::OnePerRow) => "1/row".into(),
+                HeadKind::Mask(Kept::Percent(p)) => format!("{p}%"),
+                HeadKind::Mask(Kept::Band) => "band".into(),
+                HeadKind::Mask(Kept::All) => "all".into(),
+            })
+            .collect();
+        write!(f, " {}", heads.join(","))
+    }
+}
+
+/// q, k and v as bits of the problem's element type, contiguous `[batch, head, token, head_dim]`.
+pub(crate) struct Inputs {
+    dtype: DType,
+    pub(crate) shapes: [[usize; 4]; 3],
+    pub(crate) data: [Vec<u16>; 3],
+}
+
+impl Inputs {
+    /// Runs `f` on host views of q, k and v.
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&[HostTensor<'_>; 3]) -> R) -> R {
+        use half::slice::HalfBitsSliceExt;
+        let operands = [Operand::Q, Operand::K, Operand::V];
+        f(&std::array::from_fn(|i| {
+            let view = match self.dtype {
+                DType::Bf16 => HostTensor::bhsd(operands[i], self.data[i].reinterpret_cast::<bf16>(), self.shapes[i]),
+                DType::Fp16 => HostTensor::bhsd(operands[i], self.data[i].reinterpret_cast::<f16>(), self.shapes[i]),
+            };
+            view.expect("the data has the shape's size")
+        }))
+    }
+}
+
+/// The value behind the bits of an element.
+pub(crate) fn widen(dtype: DType, bits: u16) -> f32 {
+    match dtype {
+        DType::Bf16 => bf16::from_bits(bits).to_f32(),
+        DType::Fp16 => f16::from_bits(bits).to_f32(),
+    }
+}
+
+mod tests {
+    use std::collections::BTreeSet;
+
+    use calibc_ir::AttnOp;
+
+    use super::*;
+
+    /// What the suite claims to cover, it covers.
+    #[test]
+    fn problems_cover_every_dimension() {
+        let problems: Vec<Problem> = (0..COUNT).map(Problem::new).collect();
+        let all = |what: &str, want: usize, of: &dyn Fn(&Problem) -> Vec<u64>| {
+            let seen: BTreeSet<u64> = problems.iter().flat_map(of).collect();
+            assert_eq!(seen.len(), want, "{what}: {seen:?}");
+        };
+        all("query tails", 8, &|p| vec![u64::from(p.tokens().0 % 8)]);
+        all("key tails", 8, &|p| vec![u64::from(p.tokens().1 % 8)]);
+        all("dtype, head_dim, lse, layout", 16, &|p| {
+            vec![p.number & 1 | (p.number >> 1 & 1) << 1 | u64::from(p.lse) << 2 | u64::from(p.token_major) << 3]
+        });
+        all("batches", 3, &|p| vec![p.batch as u64]);
+        all("gaps and step", 4, &|p| vec![u64::from(p.gaps) | u64::from(p.step_on_device) << 1]);
+        all("steps and layers", 4, &|p| vec![u64::from(p.step.0 * 2 + p.layer.0)]);
+        all("text", 3, &|p| vec![p.geometry.text_position as u64]);
+        let any = |what: &str, at_least: usize, of: &dyn Fn(&Problem) -> bool| {
+            let count = problems.iter().filter(|p| of(p)).count();
+            assert!(count >= at_least, "{what}: {count}");
+        };
+        for tokens in [1, 127, 128, 129] {
+            any("query edge", 1, &|p| p.tokens().0 == tokens);
+            any("key edge", 1, &|p| p.tokens().1 == tokens);
+        }
+        any("q and kv lengths differ", 10, &|p| p.tokens().0 != p.tokens().1);
+        any("shorter text", 8, &|p| p.cut != (0, 0));
+        any("several mask words", 3, &|p| p.geometry.num_kv_blocks() > 32);
+        any("a multiple of the block", 2, &|p| p.tokens().0 % 128 == 0 && p.tokens().1 % 128 == 0);
+        any("not ragged", 2, &|p| !p.geometry.ragged());
+        any("tiles", 10, &|p| p.geometry.layout != Layout::Raster);
+        for kept in [Kept::OnePerRow, Kept::Percent(5), Kept::Percent(50), Kept::Band, Kept::All] {
+            any("masks", 5, &|p| p.heads.contains(&HeadKind::Mask(kept)));
+        }
+        let kinds = |p: &Problem| {
+            let anchors = p.heads.iter().any(|h| matches!(h, HeadKind::Anchors(_)));
+            let masks = p.heads.iter().any(|h| matches!(h, HeadKind::Mask(_)));
+            [anchors, masks, p.heads.contains(&HeadKind::Dense)]
+        };
+        any("three ops in one launch", 8, &|p| kinds(p) == [true; 3]);
+        any("anchors with text after", 2, &|p| kinds(p)[0] && p.geometry.text_position == TextPosition::After);
+        any("anchors with text before", 2, &|p| kinds(p)[0] && p.geometry.text_position == TextPosition::Before);
+        any("anchors in tiles", 2, &|p| kinds(p)[0] && p.geometry.layout != Layout::Raster);
+    }
+
+    /// The plan that runs has the ops the problem lists.
+    #[test]
+    fn plans_have_the_ops_of_the_problem() {
+        for problem in (0..COUNT).map(Problem::new) {
+            let plan = problem.plan();
+            for (op, head) in plan.layer_ops(problem.step, problem.layer).iter().zip(&problem.heads) {
+                let same = match (op, head) {
+                    (AttnOp::AnchorRows { anchors }, HeadKind::Anchors(k)) => anchors == k,
+                    // A mask that keeps everything may have become dense.
+                    (AttnOp::Dense, HeadKind::Dense | HeadKind::Mask(_)) => true,
+                    (AttnOp::BlockSparse { .. }, HeadKind::Mask(_)) => true,
+                    _ => false,
+                };
+                assert!(same, "{problem}: {op:?}");
+            }
+        }
+    }
+}
