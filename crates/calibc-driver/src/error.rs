@@ -3,6 +3,8 @@
 use calibc_bundle::BundleError;
 use calibc_codegen::CodegenError;
 use calibc_nvrtc::NvrtcError;
+use calibc_opt::{OptError, PASSES};
+use calibc_trace::TraceError;
 use thiserror::Error;
 
 use crate::masks::MaskFileError;
@@ -22,6 +24,8 @@ pub enum Family {
     Io,
     /// A bug of calibc.
     Internal,
+    /// The caller stopped the session.
+    Cancelled,
 }
 
 /// Why a session ended without a bundle.
@@ -48,6 +52,18 @@ pub enum DriverError {
         "the policy chooses masks from traces; give a folder of traces, or masks of your own with `kind: explicit`"
     )]
     PolicyNeedsTraces,
+    /// `--dump-after` names no pass.
+    #[error("there is no pass `{name}`; the passes are {}, or `all`", PASSES.join(", "))]
+    UnknownPass {
+        /// What was given.
+        name: String,
+    },
+    /// The traces are wrong.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// No plan.
+    #[error(transparent)]
+    Opt(OptError),
     /// The mask file is wrong.
     #[error(transparent)]
     Masks(#[from] MaskFileError),
@@ -63,6 +79,40 @@ pub enum DriverError {
     /// The observer asked to stop.
     #[error("cancelled; nothing was written")]
     Cancelled,
+}
+
+impl DriverError {
+    /// Who must act.
+    pub fn family(&self) -> Family {
+        match self {
+            Self::Spec(SpecError::Read { .. }) => Family::Io,
+            Self::Spec(SpecError::Unwritable { .. }) => Family::Internal,
+            Self::Spec(_) => Family::BadInput,
+            Self::SpecIsNotForTraces { .. } | Self::SpecIsIncomplete { .. } => Family::BadInput,
+            Self::PolicyNeedsTraces | Self::UnknownPass { .. } => Family::Usage,
+            Self::Trace(error) => of_trace(error),
+            Self::Opt(OptError::Calibration { source, .. }) => source.downcast_ref().map_or(Family::BadInput, of_trace),
+            Self::Opt(OptError::VerifyAfterPass { .. }) => Family::Internal,
+            Self::Opt(OptError::Cancelled) | Self::Cancelled => Family::Cancelled,
+            Self::Opt(_) => Family::BadInput,
+            Self::Masks(MaskFileError::Io { .. }) => Family::Io,
+            Self::Masks(_) => Family::BadInput,
+            Self::Codegen(_) => Family::Internal,
+            Self::Nvrtc(NvrtcError::Cache { .. }) => Family::Io,
+            Self::Nvrtc(NvrtcError::Gate { .. } | NvrtcError::Compile(_) | NvrtcError::BadRequest { .. }) => {
+                Family::Internal
+            }
+            Self::Nvrtc(_) => Family::Environment,
+            Self::Bundle(BundleError::Io { .. }) => Family::Io,
+            Self::Bundle(BundleError::NotForThisGpu { .. } | BundleError::NoSuchVariant { .. }) => Family::Environment,
+            Self::Bundle(BundleError::Unwritable { .. }) => Family::Internal,
+            Self::Bundle(_) => Family::BadInput,
+        }
+    }
+}
+
+fn of_trace(error: &TraceError) -> Family {
+    if error.is_io() { Family::Io } else { Family::BadInput }
 }
 
 fn lines(differences: &[Difference]) -> String {

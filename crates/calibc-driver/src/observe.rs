@@ -9,14 +9,16 @@ use calibc_ir::Arch;
 pub enum Stage {
     /// Reading and checking traces; counted in bytes.
     Open,
-    /// Running the passes; counted by the pass.
-    Optimise,
+    /// A pass, by name; counted in its own units.
+    Pass(&'static str),
     /// Measuring recall; counted in sites.
     Recall,
     /// Compiling kernels; counted in kernels.
     Kernels,
     /// Encoding the bundle.
     Encode,
+    /// Opening it again.
+    Check,
 }
 
 impl Stage {
@@ -24,10 +26,11 @@ impl Stage {
     pub fn name(self) -> &'static str {
         match self {
             Self::Open => "reading traces",
-            Self::Optimise => "choosing blocks",
+            Self::Pass(name) => name,
             Self::Recall => "measuring recall",
             Self::Kernels => "compiling kernels",
             Self::Encode => "packing",
+            Self::Check => "checking",
         }
     }
 }
@@ -44,11 +47,6 @@ pub enum Event<'a> {
         done: u64,
         /// All units.
         total: u64,
-    },
-    /// A pass begins.
-    Pass {
-        /// Its name.
-        name: &'a str,
     },
     /// A pass had something to say.
     Remark {

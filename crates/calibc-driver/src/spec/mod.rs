@@ -478,7 +478,7 @@ pub struct TargetSpec {
     #[serde(deserialize_with = "non_empty")]
     #[schemars(length(min = 1))]
     pub archs: Vec<ArchSpec>,
-    /// L2 cache the scheduler plans for, in bytes.
+    /// L2 cache that K and V of the heads at work may fill, in bytes.
     #[serde(deserialize_with = "positive_u64")]
     #[schemars(range(min = 1))]
     pub l2_bytes: u64,
@@ -490,12 +490,13 @@ pub struct TargetSpec {
 
 impl Default for TargetSpec {
     fn default() -> Self {
+        let machine = calibc_opt::Target::default();
         Self {
             dtypes: vec![DTypeSpec::Bf16, DTypeSpec::Fp16],
             lse: true,
             archs: ir::Arch::DEFAULT.map(ArchSpec).to_vec(),
-            l2_bytes: 50 << 20,
-            running_tiles: 264,
+            l2_bytes: machine.l2_bytes,
+            running_tiles: machine.running_tiles,
         }
     }
 }

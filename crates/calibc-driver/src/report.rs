@@ -1,0 +1,52 @@
+//! The report's numbers as they are stored in a bundle.
+
+use calibc_opt::{Group, OpCounts, Report};
+use serde_json::{Value, json};
+
+/// The report as JSON:
+///
+/// ```text
+/// { basis, prompts, evaluated_steps, masks, overall: group, layers: [group], steps: [group],
+///   anchors: { anchors, sites, evaluated, mean_similarity, mean_error } | null }
+/// group  = { ops: { dense, block_sparse, anchor_rows }, density, recall: recall | null }
+/// recall = { rows, mean, p5, worst: { recall, site, q_block, prompt } }
+/// ```
+pub(crate) fn report_json(report: &Report) -> Value {
+    // Destructured whole: a new number of the report must find its place here.
+    let Report { basis, prompts, evaluated_steps, masks, overall, layers, steps, anchors } = report;
+    json!({
+        "basis": basis.to_string(),
+        "prompts": prompts,
+        "evaluated_steps": evaluated_steps.iter().map(|s| s.0).collect::<Vec<_>>(),
+        "masks": masks,
+        "overall": group(overall),
+        "layers": layers.iter().map(group).collect::<Vec<_>>(),
+        "steps": steps.iter().map(group).collect::<Vec<_>>(),
+        "anchors": anchors.as_ref().map(|a| json!({
+            "anchors": a.anchors,
+            "sites": a.sites,
+            "evaluated": a.evaluated,
+            "mean_similarity": a.mean_similarity,
+            "mean_error": a.mean_error,
+        })),
+    })
+}
+
+fn group(group: &Group) -> Value {
+    let Group { ops: OpCounts { dense, block_sparse, anchor_rows }, density, recall } = group;
+    json!({
+        "ops": { "dense": dense, "block_sparse": block_sparse, "anchor_rows": anchor_rows },
+        "density": density,
+        "recall": recall.as_ref().map(|r| json!({
+            "rows": r.rows,
+            "mean": r.mean,
+            "p5": r.p5,
+            "worst": {
+                "recall": r.worst.recall,
+                "site": r.worst.site.to_string(),
+                "q_block": r.worst.q_block,
+                "prompt": r.worst.prompt,
+            },
+        })),
+    })
+}
