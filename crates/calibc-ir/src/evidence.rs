@@ -46,12 +46,32 @@ pub struct ThresholdMap {
 impl ThresholdMap {
     /// The mask at `epsilon`: `tau < epsilon`.
     pub fn mask(&self, epsilon: f64) -> BlockMask {
-        let cols = self.cols as usize;
-        BlockMask::from_fn(self.rows, self.cols, |r, c| self.tau[r as usize * cols + c as usize] < epsilon)
+        // Word by word: this runs once per site, over every block of the plan.
+        let word = |taus: &[f64]| taus.iter().rev().fold(0, |word, &tau| word << 1 | u32::from(tau < epsilon));
+        let rows = self.tau.chunks_exact(self.cols.max(1) as usize);
+        let words = rows.flat_map(|row| row.chunks(32).map(word)).collect();
+        BlockMask::from_words(self.rows, self.cols, words)
+            .expect("tau is [rows, cols], and bits past a row's end stay 0")
     }
 
     /// Density of the mask at `epsilon`.
     pub fn density(&self, epsilon: f64) -> f64 {
         self.tau.iter().filter(|&&t| t < epsilon).count() as f64 / self.tau.len() as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mask_is_the_compare_block_by_block() {
+        let tau: Vec<f64> = (0..3 * 70).map(|i| f64::from(i * 37 % 101) / 100.0).collect();
+        let map = ThresholdMap { rows: 3, cols: 70, tau };
+        for epsilon in [0.0, 0.37, 0.371, 1.0, 2.0] {
+            let want = BlockMask::from_fn(3, 70, |r, c| map.tau[(r * 70 + c) as usize] < epsilon);
+            assert_eq!(map.mask(epsilon), want);
+            assert_eq!(map.density(epsilon), want.density());
+        }
     }
 }
