@@ -1,0 +1,110 @@
+//! Generated CUDA as reviewers see it, and as the compiler sees it: every snapshot compiles for every architecture, without
+//! warnings and without spills.
+
+use std::path::Path;
+
+use calibc_codegen::generate;
+use calibc_ir::{Arch, DType, HEAD_DIMS, Variant};
+use calibc_nvrtc::{Nvrtc, Request};
+use rayon::prelude::*;
+
+const ARCHS: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"];
+
+/// The base variant, each knob alone, and everything at once.
+fn cases() -> Vec<Variant> {
+    let base = Variant { dtype: DType::Bf16, head_dim: 128, lse: false, anchors: false, ragged: false };
+    let all = Variant { lse: true, anchors: true, ragged: true, ..base };
+    vec![
+        base,
+        Variant { dtype: DType::Fp16, ..base },
+        Variant { head_dim: 64, ..base },
+        Variant { lse: true, ..base },
+        Variant { anchors: true, ..base },
+        Variant { ragged: true, ..base },
+        all,
+        Variant { dtype: DType::Fp16, head_dim: 64, ..all },
+    ]
+}
+
+fn every_variant() -> Vec<Variant> {
+    let mut variants = Vec::new();
+    for dtype in DType::ALL {
+        for head_dim in HEAD_DIMS {
+            for knobs in 0..8 {
+                let [lse, anchors, ragged] = [1, 2, 4].map(|bit| knobs & bit != 0);
+                variants.push(Variant { dtype, head_dim, lse, anchors, ragged });
+            }
+        }
+    }
+    variants
+}
+
+#[test]
+fn cuda_snapshots() {
+    insta::with_settings!({ snapshot_path => "snapshots", prepend_module_to_snapshot => false, omit_expression => true }, {
+        for variant in cases() {
+            insta::assert_snapshot!(variant.to_string(), generate(&variant).unwrap().text);
+        }
+    });
+}
+
+/// Compiles each (symbol, source, arch) and returns what is wrong with it.
+fn complaints(work: &[(String, String, String)]) -> Vec<String> {
+    let Some(nvrtc) = nvrtc() else { return Vec::new() };
+    let complain = |(symbol, source, arch): &(String, String, String)| match nvrtc.compile(&Request {
+        source,
+        symbol,
+        arch,
+    }) {
+        Err(error) => Some(format!("{symbol} for {arch}: {error}")),
+        Ok(compiled) if !compiled.warnings.is_empty() => Some(format!("{symbol} for {arch}: {:?}", compiled.warnings)),
+        Ok(compiled) => {
+            let r = &compiled.resources;
+            let spills = r.spill_stores + r.spill_loads + r.stack_bytes;
+            (spills > 0 || compiled.cubin.is_empty() || r.registers == 0).then(|| format!("{symbol} for {arch}: {r:?}"))
+        }
+    };
+    work.par_iter().filter_map(complain).collect()
+}
+
+/// NVRTC, or a visible skip. `cargo xtask test` fetches it and sets `CALIBC_REQUIRE_NVRTC`.
+fn nvrtc() -> Option<Nvrtc> {
+    match Nvrtc::find(None) {
+        Ok(nvrtc) => Some(nvrtc),
+        Err(error) if std::env::var_os("CALIBC_REQUIRE_NVRTC").is_some() => panic!("{error}"),
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn every_snapshot_compiles_for_every_architecture() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("snapshots");
+    let mut work = Vec::new();
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        if !name.starts_with("calibc_attn_") || path.extension().is_none_or(|e| e != "snap") {
+            continue;
+        }
+        // A snapshot file is a header between two `---` lines, then the text.
+        let file = std::fs::read_to_string(&path).unwrap();
+        let source = file.splitn(3, "---\n").nth(2).expect("an insta snapshot").to_owned();
+        work.extend(ARCHS.map(|arch| (name.clone(), source.clone(), arch.to_owned())));
+    }
+    work.sort();
+    assert!(work.len() >= 8 * ARCHS.len(), "at least 8 snapshots, found {}", work.len() / ARCHS.len());
+    assert_eq!(complaints(&work), Vec::<String>::new());
+}
+
+#[test]
+fn every_variant_compiles_for_the_default_architectures() {
+    let mut work = Vec::new();
+    for variant in every_variant() {
+        let kernel = generate(&variant).unwrap();
+        work.extend(Arch::DEFAULT.map(|arch| (kernel.symbol.clone(), kernel.text.clone(), arch.to_string())));
+    }
+    assert_eq!(complaints(&work), Vec::<String>::new());
+}
