@@ -19,7 +19,7 @@ use crate::threshold;
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
 /// Shards that are checked side by side have at most this many bytes together (or there is only one).
-const BATCH: u64 = 256 << 20;
+const BATCH: u64 = 64 << 20;
 /// Bytes hashed between two calls of the progress function.
 const CHUNK: usize = 4 << 20;
 
