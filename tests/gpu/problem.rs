@@ -2,14 +2,15 @@
 
 use std::fmt;
 
-use calibc_ir::{BlockMask, DType, Geometry, LayerId, Layout, Model, Plan, Site, StepId, TextPosition, Variant};
+use calibc_ir::{BLOCK, BlockMask, DType, Geometry, LayerId, Layout, Model, Plan, Site, StepId, TextPosition, Variant};
 use calibc_opt::{Explicit, Hooks, NoCalibration, Policy, SiteMask, Target, standard};
-use calibc_runtime::HostTensor;
-use calibc_runtime::Operand;
+use calibc_runtime::{HostTensor, Operand};
 use half::{bf16, f16};
 
 /// Problems of the suite.
 pub(crate) const COUNT: u64 = 96;
+/// Kinds of geometry, in turn.
+const KINDS: u64 = 6;
 const STEPS: u32 = 2;
 const LAYERS: u32 = 2;
 
@@ -93,22 +94,30 @@ pub(crate) struct Problem {
 impl Problem {
     /// Problem `number`.
     pub(crate) fn new(number: u64) -> Self {
+        // Every kind of geometry meets every combination of the four switches, in an order unlike that of the sizes.
+        const SWITCHES: [u32; 16] = [0, 7, 9, 12, 2, 4, 15, 11, 1, 6, 10, 13, 3, 8, 5, 14];
+        let (kind, round) = (number % KINDS, number / KINDS);
+        let switch = |at: u32| SWITCHES[((round + 3 * kind) % 16) as usize] >> at & 1 == 1;
         let mut n = Numbers::new(0xca11b << 32 | number);
-        let bit = |at: u32| number >> at & 1 == 1;
-        let geometry = geometry(number, &mut n);
+        let geometry = geometry(kind, round, &mut n);
         let text = if geometry.text_position == TextPosition::After { geometry.text_tokens } else { 0 };
-        let cut = match number / 6 % 4 {
+        // Where the video fills its blocks, rows that keep text blocks alone are left without keys.
+        let no_text = text > 0 && geometry.video_tokens().is_multiple_of(BLOCK);
+        let some = |n: &mut Numbers| n.below(u64::from(text) + 1) as u32;
+        let cut = match n.below(4) {
+            _ if no_text => (text, text),
             0 => (0, 0),
             1 => (text, text),
-            2 => (n.below(u64::from(text) + 1) as u32, text / 2),
-            _ => (0, n.below(u64::from(text) + 1) as u32),
+            2 => (some(&mut n), some(&mut n)),
+            _ => (0, some(&mut n)),
         };
         // A grid has anchor rows to offer; a plain sequence is one row.
-        let anchors = (geometry.height > 1 && !number.is_multiple_of(3))
+        let anchors = (geometry.height > 1 && !no_text && n.below(3) > 0)
             .then(|| 1 + n.below(u64::from(geometry.height.min(5))) as u16);
         let large = geometry.kv_tokens() > 4096;
         let heads = (0..if large { 2 } else { 1 + n.below(5) })
-            .map(|_| match (n.below(4), anchors) {
+            .map(|head| match (n.below(4), anchors) {
+                _ if head == 0 && no_text => HeadKind::Mask(Kept::OnePerRow),
                 (0, _) => HeadKind::Dense,
                 (1, Some(anchors)) => HeadKind::Anchors(anchors),
                 _ => HeadKind::Mask(n.pick(&[
@@ -124,19 +133,19 @@ impl Problem {
             .collect();
         Self {
             number,
-            dtype: if bit(0) { DType::Fp16 } else { DType::Bf16 },
-            head_dim: if bit(1) { 64 } else { 128 },
+            dtype: if switch(0) { DType::Fp16 } else { DType::Bf16 },
+            head_dim: if switch(1) { 64 } else { 128 },
             geometry,
             heads,
-            batch: 1 + (number % 3) as usize,
+            batch: 1 + n.below(3) as usize,
             cut,
-            lse: bit(2),
-            token_major: bit(3),
-            gaps: bit(4) != bit(1),
-            step_on_device: bit(5) != bit(0),
+            lse: switch(2),
+            token_major: switch(3),
+            gaps: n.below(2) == 1,
+            step_on_device: n.below(2) == 1,
             step: StepId(n.below(u64::from(STEPS)) as u32),
             layer: LayerId(n.below(u64::from(LAYERS)) as u32),
-            softmax_scale: if number % 5 == 4 { Some(0.06) } else { None },
+            softmax_scale: n.pick(&[None, None, None, Some(0.06)]),
             spread: n.pick(&[1.0, 1.0, 4.0]),
         }
     }
@@ -207,9 +216,8 @@ impl Problem {
 }
 
 /// Token counts of every residue class, a grid with and without text, or more keys than one mask word has blocks.
-fn geometry(number: u64, n: &mut Numbers) -> Geometry {
+fn geometry(kind: u64, round: u64, n: &mut Numbers) -> Geometry {
     const EDGES: [u32; 14] = [1, 127, 128, 129, 7, 64, 130, 191, 250, 255, 256, 257, 383, 640];
-    let round = number / 6;
     let tokens = |n: &mut Numbers, salt: u64| match (round + salt) % 2 {
         0 => EDGES[((round / 2 + salt * 3) % 14) as usize],
         _ => (128 * n.below(6) + 8 * n.below(16) + 1 + (round / 2 + salt * 5) % 8) as u32,
@@ -217,9 +225,9 @@ fn geometry(number: u64, n: &mut Numbers) -> Geometry {
     let grid = |n: &mut Numbers| Geometry::video(1 + n.below(4) as u32, 2 + n.below(11) as u32, 3 + n.below(28) as u32);
     let tile = |n: &mut Numbers| Layout::Tile([n.pick(&[1, 2]), n.pick(&[4, 5, 8]), n.pick(&[4, 8])]);
     let text = |n: &mut Numbers| n.pick(&[1u32, 9, 77, 128, 226, 333]);
-    match number % 6 {
+    match kind {
         0 => Geometry::sequence(tokens(n, 0), tokens(n, 1)),
-        1 if round % 4 == 3 => Geometry::sequence(tokens(n, 0).min(400), 4200 + n.below(4500) as u32),
+        1 if round % 5 == 3 => Geometry::sequence(tokens(n, 0).min(400), 4200 + n.below(4500) as u32),
         1 => {
             let same = tokens(n, 0);
             Geometry::sequence(same, same)
@@ -314,8 +322,9 @@ mod tests {
         };
         all("query tails", 8, &|p| vec![u64::from(p.tokens().0 % 8)]);
         all("key tails", 8, &|p| vec![u64::from(p.tokens().1 % 8)]);
-        all("dtype, head_dim, lse, layout", 16, &|p| {
-            vec![p.number & 1 | (p.number >> 1 & 1) << 1 | u64::from(p.lse) << 2 | u64::from(p.token_major) << 3]
+        all("dtype, head_dim, lse, layout, kind of geometry", 96, &|p| {
+            let switches = [p.dtype == DType::Fp16, p.head_dim == 64, p.lse, p.token_major];
+            vec![switches.iter().fold(p.number % KINDS, |key, &on| key * 2 + u64::from(on))]
         });
         all("batches", 3, &|p| vec![p.batch as u64]);
         all("gaps and step", 4, &|p| vec![u64::from(p.gaps) | u64::from(p.step_on_device) << 1]);
