@@ -5,7 +5,7 @@ use std::path::Path;
 
 use calibc_codegen::generate;
 use calibc_ir::{Arch, DType, HEAD_DIMS, Variant};
-use calibc_nvrtc::{Nvrtc, Request};
+use calibc_nvrtc::Request;
 use rayon::prelude::*;
 
 const ARCHS: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"];
@@ -50,7 +50,7 @@ fn cuda_snapshots() {
 
 /// Compiles each (symbol, source, arch) and returns what is wrong with it.
 fn complaints(work: &[(String, String, String)]) -> Vec<String> {
-    let Some(nvrtc) = nvrtc() else { return Vec::new() };
+    let Some(nvrtc) = calibc_nvrtc::testing::nvrtc() else { return Vec::new() };
     let complain = |(symbol, source, arch): &(String, String, String)| match nvrtc.compile(&Request {
         source,
         symbol,
@@ -65,18 +65,6 @@ fn complaints(work: &[(String, String, String)]) -> Vec<String> {
         }
     };
     work.par_iter().filter_map(complain).collect()
-}
-
-/// NVRTC, or a visible skip. `cargo xtask test` fetches it and sets `CALIBC_REQUIRE_NVRTC`.
-fn nvrtc() -> Option<Nvrtc> {
-    match Nvrtc::find(None) {
-        Ok(nvrtc) => Some(nvrtc),
-        Err(error) if std::env::var_os("CALIBC_REQUIRE_NVRTC").is_some() => panic!("{error}"),
-        Err(error) => {
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
 }
 
 #[test]
