@@ -1,2 +1,5 @@
-//! The calibc binary.
-fn main() {}
+//! The calibc binary: everything is in the library.
+
+fn main() {
+    std::process::exit(calibc_cli::run(std::env::args_os()));
+}

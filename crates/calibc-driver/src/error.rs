@@ -76,6 +76,9 @@ pub enum DriverError {
     /// No bundle from the parts.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// The bundle just made does not open: a bug of calibc.
+    #[error("internal error: the bundle just made does not open again: {0}")]
+    SelfCheck(#[source] BundleError),
     /// The observer asked to stop.
     #[error("cancelled; nothing was written")]
     Cancelled,
@@ -97,7 +100,7 @@ impl DriverError {
             Self::Opt(_) => Family::BadInput,
             Self::Masks(MaskFileError::Io { .. }) => Family::Io,
             Self::Masks(_) => Family::BadInput,
-            Self::Codegen(_) => Family::Internal,
+            Self::Codegen(_) | Self::SelfCheck(_) => Family::Internal,
             Self::Nvrtc(NvrtcError::Cache { .. }) => Family::Io,
             Self::Nvrtc(NvrtcError::Gate { .. } | NvrtcError::Compile(_) | NvrtcError::BadRequest { .. }) => {
                 Family::Internal

@@ -226,7 +226,7 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
         })?;
         // A file that does not open again must never leave this function. The plan goes first: it may be gigabytes.
         drop(plan);
-        let bundle = clock.stage(Stage::Check, || Ok(Bundle::parse(&bytes)?))?;
+        let bundle = clock.stage(Stage::Check, || Bundle::parse(&bytes).map_err(DriverError::SelfCheck))?;
         output.packed = Some(Packed { bytes, bundle });
     } else {
         output.plan = Some(plan);

@@ -1,0 +1,205 @@
+//! Does a plan compute what it says? Sampled layers, executed on random inputs, against an independent masked attention.
+
+use std::collections::BTreeSet;
+
+use calibc_bundle::Bundle;
+use calibc_ir::{AttnOp, BLOCK, DType, LayerId, MaskTable, Plan, Schedule, Site, StepId};
+use calibc_runtime::cuda::Engine;
+use calibc_runtime::reference::{self, masked};
+use calibc_runtime::{HostTensor, Operand, RuntimeError};
+
+use crate::exit::Failure;
+use crate::tensors::{Random, Tensor, random};
+
+/// Query positions of each head that are compared.
+const POSITIONS: usize = 48;
+
+/// Multiply-adds up to which the CPU executes whole layers; beyond, one head of the layer.
+const WHOLE_LAYER: f64 = 4e11;
+
+/// The comparison of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Comparison {
+    pub(crate) step: StepId,
+    pub(crate) layer: LayerId,
+    /// Heads compared.
+    pub(crate) heads: Vec<u32>,
+    /// Element type of the inputs; `None` is f32.
+    pub(crate) dtype: Option<DType>,
+    /// Query rows compared.
+    pub(crate) rows: usize,
+    /// Relative Frobenius error of the rows compared.
+    pub(crate) error: f64,
+    /// What it may be.
+    pub(crate) tolerance: f64,
+    /// Largest difference of a log-sum-exp.
+    pub(crate) lse_error: f64,
+}
+
+/// Largest difference a log-sum-exp may have.
+pub(crate) const LSE_TOLERANCE: f64 = 1e-3;
+
+impl Comparison {
+    pub(crate) fn passes(&self) -> bool {
+        // Written so that NaN fails.
+        self.error <= self.tolerance && self.lse_error <= LSE_TOLERANCE
+    }
+}
+
+/// What a device computed for one layer: outputs `[batch, head, token, head_dim]` and log-sum-exps, both contiguous.
+struct Computed {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+/// Layers to compare: sampled, and such that each kind of op of the plan occurs where `count` allows.
+pub(crate) fn sample_layers(plan: &Plan, count: u32, random: &mut Random) -> Vec<(StepId, LayerId)> {
+    let kinds = |op: &AttnOp| match op {
+        AttnOp::Dense => 0,
+        AttnOp::BlockSparse { .. } => 1,
+        AttnOp::AnchorRows { .. } => 2,
+    };
+    let pairs = plan.num_steps() as usize * plan.model.layers as usize;
+    let pair =
+        |i: usize| (StepId((i / plan.model.layers as usize) as u32), LayerId((i % plan.model.layers as usize) as u32));
+    let mut chosen = BTreeSet::new();
+    for kind in [2, 1, 0] {
+        // From a random place, the first layer that has the kind.
+        let start = random.below(pairs as u64) as usize;
+        let found = (0..pairs).map(|i| (start + i) % pairs).find(|&i| {
+            let (step, layer) = pair(i);
+            plan.layer_ops(step, layer).iter().any(|op| kinds(op) == kind)
+        });
+        if chosen.len() < count as usize {
+            chosen.extend(found);
+        }
+    }
+    while chosen.len() < (count as usize).min(pairs) {
+        chosen.insert(random.below(pairs as u64) as usize);
+    }
+    chosen.into_iter().map(pair).collect()
+}
+
+/// Positions to compare: the ends of the sequence, of text and of blocks, and random ones.
+fn sample_positions(plan: &Plan, random: &mut Random) -> Vec<u32> {
+    let tokens = plan.geometry.q_tokens();
+    let text = plan.geometry.text_range();
+    let mut positions: BTreeSet<u32> = [0, BLOCK - 1, BLOCK, tokens / BLOCK * BLOCK, tokens - 1, text.start, text.end]
+        .into_iter()
+        .filter(|&p| p < tokens)
+        .collect();
+    while positions.len() < POSITIONS.min(tokens as usize) {
+        positions.insert(random.below(u64::from(tokens)) as u32);
+    }
+    positions.into_iter().collect()
+}
+
+/// A plan of one step, one layer and one head that does what `site` does in `plan`.
+fn single_head(plan: &Plan, site: Site) -> Plan {
+    let mut masks = MaskTable::default();
+    let op = match plan.op(site) {
+        AttnOp::BlockSparse { mask } => AttnOp::BlockSparse { mask: masks.intern(plan.masks[mask].clone()) },
+        op => op,
+    };
+    let mut model = plan.model.clone();
+    (model.layers, model.heads) = (1, 1);
+    let sigmas = vec![plan.sigmas[site.step.index()]];
+    Plan { model, sigmas, masks, ops: vec![op], variants: Vec::new(), schedule: None::<Schedule>, ..plan.clone_shape() }
+}
+
+/// The geometry of a plan without its tables.
+trait CloneShape {
+    fn clone_shape(&self) -> Plan;
+}
+
+impl CloneShape for Plan {
+    fn clone_shape(&self) -> Plan {
+        let mut model = self.model.clone();
+        (model.layers, model.heads) = (0, 0);
+        Plan::dense(model, self.geometry, Vec::new())
+    }
+}
+
+/// Executes one sampled layer of `bundle` and compares it. With an engine the GPU executes it, else the CPU reference.
+pub(crate) fn compare(
+    bundle: &Bundle,
+    engine: Option<(&Engine, DType, bool)>,
+    (step, layer): (StepId, LayerId),
+    numbers: &mut Random,
+) -> Result<Comparison, Failure> {
+    let whole = bundle.plan();
+    let work: f64 = whole.layer_ops(step, layer).iter().map(|&op| whole.density(op)).sum::<f64>()
+        * f64::from(whole.geometry.q_tokens())
+        * f64::from(whole.geometry.kv_tokens())
+        * f64::from(whole.model.head_dim)
+        * 2.0;
+    let first = numbers.below(u64::from(whole.model.heads)) as u32;
+    // The CPU computes one head where a layer would take minutes; the head then stands alone in a plan of its own.
+    let alone;
+    let (plan, at, heads) = if engine.is_none() && work > WHOLE_LAYER {
+        alone = single_head(whole, Site { step, layer, head: calibc_ir::HeadId(first) });
+        (&alone, (StepId(0), LayerId(0)), vec![first])
+    } else {
+        (whole, (step, layer), (0..whole.model.heads).collect())
+    };
+    let dtype = engine.map(|(_, dtype, _)| dtype);
+    let (n, d) = (plan.model.heads as usize, plan.model.head_dim as usize);
+    let (q_len, kv_len) = (plan.geometry.q_tokens() as usize, plan.geometry.kv_tokens() as usize);
+    let q = random(numbers, [1, n, q_len, d], dtype);
+    let k = random(numbers, [1, n, kv_len, d], dtype);
+    let v = random(numbers, [1, n, kv_len, d], dtype);
+    let views = [q.view(Operand::Q)?, k.view(Operand::K)?, v.view(Operand::V)?];
+    let computed = match engine {
+        Some((engine, _, lse)) => on_gpu(engine, at, [&q, &k, &v], lse)?,
+        None => {
+            let [q, k, v] = &views;
+            let output = reference::attention(plan, at.0, at.1, q, k, v, &reference::Options::default())?;
+            Computed { out: output.out, lse: output.lse }
+        }
+    };
+    let tolerance = match dtype {
+        None => 1e-4,
+        Some(DType::Bf16) => 4e-3,
+        Some(DType::Fp16) => 1e-3,
+    };
+    let mut comparison = Comparison { step, layer, heads, dtype, rows: 0, error: 0.0, tolerance, lse_error: 0.0 };
+    let (mut difference, mut size) = (0.0, 0.0);
+    for head in 0..plan.model.heads {
+        let positions = sample_positions(plan, numbers);
+        let site = Site { step: at.0, layer: at.1, head: calibc_ir::HeadId(head) };
+        let [q, k, v]: &[HostTensor<'_>; 3] = &views;
+        let rows = masked::rows(plan, site, 0, q, k, v, None, &positions)?;
+        for (&position, row) in positions.iter().zip(&rows) {
+            let at = head as usize * q_len + position as usize;
+            for (&got, want) in computed.out[at * d..][..d].iter().zip(&row.out) {
+                difference += (f64::from(got) - want).powi(2);
+                size += want.powi(2);
+            }
+            if let Some(&lse) = computed.lse.get(at) {
+                // max ignores NaN; this does not.
+                let error = (f64::from(lse) - row.lse).abs();
+                comparison.lse_error =
+                    if error > comparison.lse_error || error.is_nan() { error } else { comparison.lse_error };
+            }
+        }
+        comparison.rows += positions.len();
+    }
+    comparison.error = (difference / size).sqrt();
+    Ok(comparison)
+}
+
+/// Runs one layer on the GPU; outputs widened to f32. The output is filled with NaN first, so that what is not written shows.
+fn on_gpu(
+    engine: &Engine,
+    (step, layer): (StepId, LayerId),
+    [q, k, v]: [&Tensor; 3],
+    lse: bool,
+) -> Result<Computed, RuntimeError> {
+    let (out, lse) = crate::gpu::attention(engine, step.0, layer.0, [q, k, v], lse, None)?;
+    let out = match out.data {
+        crate::tensors::Data::F32(values) => values,
+        crate::tensors::Data::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
+        crate::tensors::Data::Fp16(values) => values.iter().map(|x| x.to_f32()).collect(),
+    };
+    Ok(Computed { out, lse: lse.unwrap_or_default() })
+}
