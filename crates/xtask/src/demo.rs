@@ -56,11 +56,8 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
         facts.pointer("/density").and_then(Value::as_f64).context("`calibc inspect --json` has no density")?;
     let bytes = fs::metadata(&bundle).with_context(|| format!("no {}", bundle.display()))?.len();
     println!("\nThe bundle is {} ({:.1} MB).", workspace.show(&bundle), bytes as f64 / 1e6);
-    println!(
-        "It computes {:.1} % of the dense model's attention blocks: {:.1} % of the attention work is saved.",
-        100.0 * density,
-        100.0 * (1.0 - density)
-    );
+    let (done, saved) = (100.0 * density, 100.0 * (1.0 - density));
+    println!("It does {done:.1} % of the dense model's attention work: {saved:.1} % is saved.");
     if gpu.is_none() {
         println!("It ran on the CPU reference; on a machine with an NVIDIA GPU this demo also runs it there.");
     }
