@@ -3,10 +3,12 @@
 
 use anyhow::Context;
 use calibc_runtime::cuda::Stream;
-use cudarc::driver::{result, sys};
+use cudarc::driver::{CudaContext, result, sys};
 
 /// A graph of what was submitted to a stream while it was captured.
 pub(crate) struct Graph {
+    // Current on the thread, as a foreign caller's context is: the engine itself leaves none behind.
+    _context: std::sync::Arc<CudaContext>,
     graph: sys::CUgraph,
     exec: sys::CUgraphExec,
 }
@@ -18,6 +20,7 @@ fn raw(stream: &Stream) -> sys::CUstream {
 impl Graph {
     /// Captures what `submit` puts on `stream`.
     pub(crate) fn capture(stream: &Stream, submit: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Self> {
+        let context = CudaContext::new(0).context("make the primary context current")?;
         // A call of this thread that allocates or waits fails in this mode; other tests may go on.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives through the call, and the driver is initialised since it exists.
@@ -30,7 +33,7 @@ impl Graph {
         let mut exec = std::ptr::null_mut();
         // SAFETY: the graph was just made.
         unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result().context("instantiate the graph")?;
-        Ok(Self { graph, exec })
+        Ok(Self { _context: context, graph, exec })
     }
 
     /// Submits the whole graph to `stream`.
