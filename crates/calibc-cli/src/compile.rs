@@ -93,6 +93,11 @@ pub(crate) fn compile(console: &Console, args: &CompileArgs) -> Result<Exit, Fai
     let start = Instant::now();
     match &args.output {
         Some(path) => check_output(path, args.emit)?,
+        None if args.emit == Emit::Plan && args.json => {
+            return Err(Failure::usage(
+                "both the plan and --json would go to stdout; give the plan a place with -o OUT",
+            ));
+        }
         None if args.emit == Emit::Plan => {}
         None => return Err(Failure::usage("give the place of the result with -o OUT")),
     }
@@ -160,8 +165,8 @@ fn summary(args: &CompileArgs, output: &Output, written: &[PathBuf], total: Dura
     let mut text = describe::head(plan);
     if let Some(traces) = output.traces {
         text += &format!(
-            "traces    {} + {} holdout, {} of {} steps covered\n",
-            count(traces.calibration_prompts as u64, "prompt"),
+            "traces    {}, {} holdout, {} of {} steps covered\n",
+            count(traces.calibration_prompts as u64, "calibration prompt"),
             traces.holdout_prompts,
             traces.covered_steps,
             plan.num_steps()

@@ -43,9 +43,12 @@ pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> i32 {
     };
     let console = Console::new(&cli.global);
     console.start_log();
-    // A panic has printed its message by now; its place and words are what a report needs.
-    let outcome = catch_unwind(AssertUnwindSafe(|| dispatch(&console, cli.command)));
-    let exit = match outcome {
+    guarded(|| dispatch(&console, cli.command)) as i32
+}
+
+/// Runs a command to its exit code. A panic has printed its place and words by the time it arrives here.
+fn guarded(command: impl FnOnce() -> Result<Exit, Failure>) -> Exit {
+    match catch_unwind(AssertUnwindSafe(command)) {
         Ok(Ok(exit)) => exit,
         Ok(Err(failure)) => {
             stderr_line(&format!("error: {failure}"));
@@ -55,8 +58,7 @@ pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> i32 {
             stderr_line("error: this is a bug of calibc; please report it with the lines above");
             Exit::Internal
         }
-    };
-    exit as i32
+    }
 }
 
 fn dispatch(console: &Console, command: Command) -> Result<Exit, Failure> {
@@ -82,5 +84,22 @@ fn dispatch(console: &Console, command: Command) -> Result<Exit, Failure> {
             console.bytes(&script)?;
             Ok(Exit::Ok)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_panic_is_exit_code_70_and_errors_keep_theirs() {
+        assert_eq!(guarded(|| panic!("a test of the panic guard")) as i32, 70);
+        assert_eq!(guarded(|| Err(Failure::bad_input("x"))) as i32, 3);
+        assert_eq!(guarded(|| Ok(Exit::Negative)) as i32, 1);
     }
 }

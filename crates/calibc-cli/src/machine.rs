@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use calibc_nvrtc::{Cache, Nvrtc};
+use calibc_nvrtc::{Cache, Nvrtc, Request};
 use calibc_runtime::cuda::Device;
 use serde_json::json;
 
@@ -22,7 +22,12 @@ fn writable(dir: &Path) -> Result<(), String> {
 
 pub(crate) fn doctor(console: &Console, args: &DoctorArgs) -> Result<Exit, Failure> {
     let toolchain = &args.toolchain;
-    let nvrtc = Nvrtc::find(toolchain.nvrtc.as_deref());
+    // Found is not enough: a library without its builtins loads and compiles nothing.
+    let nvrtc = Nvrtc::find(toolchain.nvrtc.as_deref()).and_then(|nvrtc| {
+        let probe =
+            Request { source: "extern \"C\" __global__ void calibc_probe() {}", symbol: "calibc_probe", arch: "sm_80" };
+        nvrtc.compile(&probe).map(|_| nvrtc)
+    });
     let cache = Cache::open(toolchain.cache_dir.as_deref()).map_err(|e| e.to_string());
     let cache_state = cache.as_ref().map_err(Clone::clone).and_then(|cache| {
         writable(cache.dir())?;

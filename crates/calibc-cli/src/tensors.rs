@@ -5,8 +5,8 @@ use std::path::Path;
 use calibc_ir::DType;
 use calibc_runtime::{HostTensor, Operand, RuntimeError};
 use half::{bf16, f16};
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, Metadata, TensorView};
+use safetensors::{SafeTensorError, SafeTensors};
 
 use crate::exit::Failure;
 
@@ -99,10 +99,16 @@ fn swap_heads_and_tokens(values: &[f32], [batch, heads, tokens, dim]: [usize; 4]
 
 /// `q`, `k` and `v` of the safetensors file at `path`.
 pub(crate) fn read_qkv(path: &Path, tokens_major: bool) -> Result<[Tensor; 3], Failure> {
-    let raw = std::fs::read(path).map_err(|e| Failure::io("read", path, e))?;
+    let io = |e| Failure::io("read", path, e);
+    // Asked before opening: a pipe makes readers wait, a device may have no end.
+    if !path.metadata().map_err(io)?.is_file() {
+        return Err(io(std::io::Error::other("not a regular file")));
+    }
+    let raw = std::fs::read(path).map_err(io)?;
     let wrong = |what: String| Failure::bad_input(format_args!("{}: {what}", path.display()));
-    let file = SafeTensors::deserialize(&raw)
-        .map_err(|e| wrong(format!("not a sound safetensors file ({e}); write q, k and v with safetensors")))?;
+    let unsound = |e| wrong(format!("not a sound safetensors file ({e}); write q, k and v with safetensors"));
+    fills(&raw).map_err(unsound)?;
+    let file = SafeTensors::deserialize(&raw).map_err(unsound)?;
     let read = |name: &str| {
         let view = file.tensor(name).map_err(|_| {
             let mut names = file.names();
@@ -124,6 +130,16 @@ pub(crate) fn read_qkv(path: &Path, tokens_major: bool) -> Result<[Tensor; 3], F
         Ok(Tensor { data, shape, tokens_major })
     };
     Ok([read("q")?, read("k")?, read("v")?])
+}
+
+/// Whether the tensors take the bytes after the header, all of them. `SafeTensors` sums up the same without looking for
+/// overflow, and panics on a header that describes nearly 2^64 bytes.
+fn fills(raw: &[u8]) -> Result<(), SafeTensorError> {
+    let (length, rest) = raw.split_first_chunk::<8>().ok_or(SafeTensorError::HeaderTooSmall)?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| SafeTensorError::HeaderTooLarge)?;
+    let (header, data) = rest.split_at_checked(length).ok_or(SafeTensorError::InvalidHeaderLength)?;
+    let metadata: Metadata = serde_json::from_slice(header).map_err(SafeTensorError::InvalidHeaderDeserialization)?;
+    if metadata.data_len() == data.len() { Ok(()) } else { Err(SafeTensorError::MetadataIncompleteBuffer) }
 }
 
 fn elements<T, const N: usize>(bytes: &[u8], from: fn([u8; N]) -> T) -> Vec<T> {

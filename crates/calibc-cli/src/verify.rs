@@ -129,8 +129,9 @@ pub(crate) fn run(console: &Console, args: &RunArgs) -> Result<Exit, Failure> {
             (Tensor::from_f32(output.out, output.shape, &q), Some(output.lse))
         }
         Device::Cuda => {
-            if q.dtype().is_none() {
-                return Err(Failure::bad_input("q is F32; on cuda give BF16 or F16"));
+            let dtypes = [&q, &k, &v].map(Tensor::dtype);
+            if dtypes[0].is_none() || dtypes.iter().any(|dtype| *dtype != dtypes[0]) {
+                return Err(Failure::bad_input("on cuda q, k and v must be all BF16 or all F16"));
             }
             let engine = Engine::new(0, &bundle)?;
             crate::gpu::attention(&engine, args.step, args.layer, [&q, &k, &v], args.lse, args.scale)?
