@@ -196,8 +196,8 @@ mod tests {
         let kept = |r: u32, c: u32| match c {
             0 | 1 => true,
             2 | 3 => r == 0,
-            4 | 5 => c == 4 || r % 2 == 0,
-            6 => r % 2 == 1,
+            4 | 5 => c == 4 || r.is_multiple_of(2),
+            6 => !r.is_multiple_of(2),
             _ => false,
         };
         let mask = BlockMask::from_fn(4, 200, kept);

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use calibc_bundle::Bundle;
-use calibc_ir::{AttnOp, BLOCK, DType, LayerId, MaskTable, Plan, Schedule, Site, StepId};
+use calibc_ir::{AttnOp, BLOCK, DType, HeadId, LayerId, Plan, Site, StepId, TextPosition};
+use calibc_runtime::Operand;
 use calibc_runtime::cuda::Engine;
 use calibc_runtime::reference::{self, masked};
-use calibc_runtime::{HostTensor, Operand, RuntimeError};
 
 use crate::exit::Failure;
-use crate::tensors::{Random, Tensor, random};
+use crate::tensors::{Random, random};
 
 /// Query positions of each head that are compared.
 const POSITIONS: usize = 48;
@@ -81,8 +81,7 @@ pub(crate) fn sample_layers(plan: &Plan, count: u32, random: &mut Random) -> Vec
 }
 
 /// Positions to compare: the ends of the sequence, of text and of blocks, and random ones.
-fn sample_positions(plan: &Plan, random: &mut Random) -> Vec<u32> {
-    let tokens = plan.geometry.q_tokens();
+fn sample_positions(plan: &Plan, tokens: u32, random: &mut Random) -> Vec<u32> {
     let text = plan.geometry.text_range();
     let mut positions: BTreeSet<u32> = [0, BLOCK - 1, BLOCK, tokens / BLOCK * BLOCK, tokens - 1, text.start, text.end]
         .into_iter()
@@ -96,28 +95,14 @@ fn sample_positions(plan: &Plan, random: &mut Random) -> Vec<u32> {
 
 /// A plan of one step, one layer and one head that does what `site` does in `plan`.
 fn single_head(plan: &Plan, site: Site) -> Plan {
-    let mut masks = MaskTable::default();
-    let op = match plan.op(site) {
-        AttnOp::BlockSparse { mask } => AttnOp::BlockSparse { mask: masks.intern(plan.masks[mask].clone()) },
-        op => op,
-    };
     let mut model = plan.model.clone();
     (model.layers, model.heads) = (1, 1);
-    let sigmas = vec![plan.sigmas[site.step.index()]];
-    Plan { model, sigmas, masks, ops: vec![op], variants: Vec::new(), schedule: None::<Schedule>, ..plan.clone_shape() }
-}
-
-/// The geometry of a plan without its tables.
-trait CloneShape {
-    fn clone_shape(&self) -> Plan;
-}
-
-impl CloneShape for Plan {
-    fn clone_shape(&self) -> Plan {
-        let mut model = self.model.clone();
-        (model.layers, model.heads) = (0, 0);
-        Plan::dense(model, self.geometry, Vec::new())
-    }
+    let mut alone = Plan::dense(model, plan.geometry, vec![plan.sigmas[site.step.index()]]);
+    alone.ops[0] = match plan.op(site) {
+        AttnOp::BlockSparse { mask } => AttnOp::BlockSparse { mask: alone.masks.intern(plan.masks[mask].clone()) },
+        op => op,
+    };
+    alone
 }
 
 /// Executes one sampled layer of `bundle` and compares it. With an engine the GPU executes it, else the CPU reference.
@@ -137,20 +122,28 @@ pub(crate) fn compare(
     // The CPU computes one head where a layer would take minutes; the head then stands alone in a plan of its own.
     let alone;
     let (plan, at, heads) = if engine.is_none() && work > WHOLE_LAYER {
-        alone = single_head(whole, Site { step, layer, head: calibc_ir::HeadId(first) });
+        alone = single_head(whole, Site { step, layer, head: HeadId(first) });
         (&alone, (StepId(0), LayerId(0)), vec![first])
     } else {
         (whole, (step, layer), (0..whole.model.heads).collect())
     };
     let dtype = engine.map(|(_, dtype, _)| dtype);
     let (n, d) = (plan.model.heads as usize, plan.model.head_dim as usize);
-    let (q_len, kv_len) = (plan.geometry.q_tokens() as usize, plan.geometry.kv_tokens() as usize);
-    let q = random(numbers, [1, n, q_len, d], dtype);
-    let k = random(numbers, [1, n, kv_len, d], dtype);
-    let v = random(numbers, [1, n, kv_len, d], dtype);
+    // Text after the video may be shorter than planned: then a random part of it is left out.
+    let missing = match plan.geometry.text_position {
+        TextPosition::After => numbers.below(u64::from(plan.geometry.text_tokens) + 1) as u32,
+        _ => 0,
+    };
+    let tokens = plan.geometry.q_tokens() - missing;
+    let (q_len, kv_len) = (tokens as usize, (plan.geometry.kv_tokens() - missing) as usize);
+    let mut tensor = |tokens| random(numbers, [1, n, tokens, d], dtype);
+    let [q, k, v] = [tensor(q_len), tensor(kv_len), tensor(kv_len)];
     let views = [q.view(Operand::Q)?, k.view(Operand::K)?, v.view(Operand::V)?];
     let computed = match engine {
-        Some((engine, _, lse)) => on_gpu(engine, at, [&q, &k, &v], lse)?,
+        Some((engine, _, lse)) => {
+            let (out, lse) = crate::gpu::attention(engine, at.0.0, at.1.0, [&q, &k, &v], lse, None)?;
+            Computed { out: out.into_f32(), lse: lse.unwrap_or_default() }
+        }
         None => {
             let [q, k, v] = &views;
             let output = reference::attention(plan, at.0, at.1, q, k, v, &reference::Options::default())?;
@@ -163,15 +156,18 @@ pub(crate) fn compare(
         Some(DType::Fp16) => 1e-3,
     };
     let mut comparison = Comparison { step, layer, heads, dtype, rows: 0, error: 0.0, tolerance, lse_error: 0.0 };
+    // The GPU writes in the memory order of q, the reference always head by head.
+    let swapped = engine.is_some() && q.tokens_major;
     let (mut difference, mut size) = (0.0, 0.0);
     for head in 0..plan.model.heads {
-        let positions = sample_positions(plan, numbers);
-        let site = Site { step: at.0, layer: at.1, head: calibc_ir::HeadId(head) };
-        let [q, k, v]: &[HostTensor<'_>; 3] = &views;
+        let positions = sample_positions(plan, tokens, numbers);
+        let site = Site { step: at.0, layer: at.1, head: HeadId(head) };
+        let [q, k, v] = &views;
         let rows = masked::rows(plan, site, 0, q, k, v, None, &positions)?;
         for (&position, row) in positions.iter().zip(&rows) {
             let at = head as usize * q_len + position as usize;
-            for (&got, want) in computed.out[at * d..][..d].iter().zip(&row.out) {
+            let start = if swapped { position as usize * n + head as usize } else { at } * d;
+            for (&got, want) in computed.out[start..][..d].iter().zip(&row.out) {
                 difference += (f64::from(got) - want).powi(2);
                 size += want.powi(2);
             }
@@ -186,20 +182,4 @@ pub(crate) fn compare(
     }
     comparison.error = (difference / size).sqrt();
     Ok(comparison)
-}
-
-/// Runs one layer on the GPU; outputs widened to f32. The output is filled with NaN first, so that what is not written shows.
-fn on_gpu(
-    engine: &Engine,
-    (step, layer): (StepId, LayerId),
-    [q, k, v]: [&Tensor; 3],
-    lse: bool,
-) -> Result<Computed, RuntimeError> {
-    let (out, lse) = crate::gpu::attention(engine, step.0, layer.0, [q, k, v], lse, None)?;
-    let out = match out.data {
-        crate::tensors::Data::F32(values) => values,
-        crate::tensors::Data::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
-        crate::tensors::Data::Fp16(values) => values.iter().map(|x| x.to_f32()).collect(),
-    };
-    Ok(Computed { out, lse: lse.unwrap_or_default() })
 }

@@ -67,6 +67,15 @@ impl Tensor {
         Self { data, shape, tokens_major: like.tokens_major }
     }
 
+    /// The values in memory order, widened.
+    pub(crate) fn into_f32(self) -> Vec<f32> {
+        match self.data {
+            Data::F32(values) => values,
+            Data::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+            Data::Fp16(values) => values.into_iter().map(f16::to_f32).collect(),
+        }
+    }
+
     /// The shape as it is in memory.
     pub(crate) fn stored_shape(&self) -> Vec<usize> {
         let [b, h, s, d] = self.shape;
@@ -190,16 +199,17 @@ impl Random {
     }
 }
 
-/// A contiguous random tensor of logical shape `shape`, rounded to `dtype`, or f32 without one.
+/// A contiguous random tensor of logical shape `shape` in a random memory order, rounded to `dtype`, or f32 without one.
 pub(crate) fn random(random: &mut Random, shape: [usize; 4], dtype: Option<DType>) -> Tensor {
     let n = shape.iter().product();
+    let tokens_major = random.below(2) == 1;
     let values = std::iter::repeat_with(|| random.normal()).take(n);
     let data = match dtype {
         None => Data::F32(values.collect()),
         Some(DType::Bf16) => Data::Bf16(values.map(bf16::from_f32).collect()),
         Some(DType::Fp16) => Data::Fp16(values.map(f16::from_f32).collect()),
     };
-    Tensor { data, shape, tokens_major: false }
+    Tensor { data, shape, tokens_major }
 }
 
 #[cfg(test)]

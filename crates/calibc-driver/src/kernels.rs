@@ -1,5 +1,6 @@
 //! From variants to machine code: generate each variant's source, compile it for every architecture, keep the order.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use calibc_bundle::{Kernel, Resources};
@@ -9,7 +10,7 @@ use calibc_nvrtc::{Cache, Nvrtc, Request};
 use rayon::prelude::*;
 
 use crate::error::DriverError;
-use crate::observe::{Event, Observer};
+use crate::observe::{Event, Observer, Stage};
 
 /// The version that goes into bundles and cache keys.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -50,6 +51,8 @@ pub fn build(
         sources.iter().flat_map(|(variant, source)| archs.iter().map(move |arch| (*variant, source, *arch))).collect();
     jobs.sort_by_key(|&(variant, _, arch)| (variant, arch));
     jobs.dedup_by_key(|&mut (variant, _, arch)| (variant, arch));
+    let (total, done) = (jobs.len() as u64, AtomicU64::new(0));
+    observer.event(&Event::Progress { stage: Stage::Kernels, done: 0, total });
     let built: Vec<Result<Built, DriverError>> = jobs
         .par_iter()
         .map(|&(variant, source, arch)| {
@@ -65,6 +68,8 @@ pub fn build(
             };
             let time = start.elapsed();
             observer.event(&Event::Kernel { symbol: &source.symbol, arch, cached, time });
+            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+            observer.event(&Event::Progress { stage: Stage::Kernels, done, total });
             let resources = Resources {
                 registers: compiled.resources.registers,
                 static_shared_bytes: compiled.resources.shared_bytes,

@@ -157,20 +157,25 @@ impl MaskFile {
     pub fn open(path: &Path, plan: &Plan, require_all: bool) -> Result<Self, MaskFileError> {
         let io = |source| MaskFileError::Io { action: "read", path: path.to_owned(), source };
         let format = |reason: String| MaskFileError::Format { path: path.to_owned(), reason };
+        // Asked before opening: to open a pipe is to wait for whoever writes to it.
+        if !path.metadata().map_err(io)?.is_file() {
+            return Err(io(io::Error::other("not a regular file")));
+        }
         let mut file = File::open(path).map_err(io)?;
         let bytes = file.metadata().map_err(io)?.len();
         let mut length = [0; 8];
         file.read_exact(&mut length).map_err(|_| format(format!("{bytes} bytes are too few for a header")))?;
         let length = u64::from_le_bytes(length);
-        if length > MAX_HEADER || length > bytes - 8 {
+        if length > MAX_HEADER || length > bytes.saturating_sub(8) {
             return Err(format(format!("its header claims {length} bytes, the file has {bytes}")));
         }
         let mut header = vec![0; length as usize];
         file.read_exact(&mut header).map_err(io)?;
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| format(e.to_string()))?;
-        let expected = 8 + length + metadata.data_len() as u64;
-        if expected != bytes {
-            return Err(format(format!("its header describes {expected} bytes, the file has {bytes}")));
+        // A header may describe up to 2^64 bytes: no sum with that.
+        let (described, found) = (metadata.data_len() as u64, bytes.saturating_sub(8 + length));
+        if described != found {
+            return Err(format(format!("its tensors take {described} bytes, and {found} follow the header")));
         }
         let geometry = &plan.geometry;
         let this = Self {

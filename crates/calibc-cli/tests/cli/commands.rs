@@ -91,6 +91,12 @@ fn bundles_are_verified() {
     let numerics = |seed: &str| bench.ok(&["verify", "plan.bundle", "--numerics", "--seed", seed]).stdout;
     assert_eq!(numerics("5"), numerics("5"));
     assert_ne!(numerics("5"), numerics("6"));
+    // A plan with text behind the video, of which callers may bring less.
+    let mut joint = calibc_trace::planted::Planted { seed: 9, ..Default::default() };
+    (joint.geometry.text_tokens, joint.geometry.text_position) = (150, calibc_ir::TextPosition::After);
+    joint.write(&bench.path("joint")).unwrap();
+    bench.ok(&["compile", "joint", "-o", "joint.bundle", "-q"]);
+    bench.ok(&["verify", "joint.bundle", "--numerics", "--samples", "6"]);
     // Any flipped byte is found.
     let bytes = bench.bytes("plan.bundle");
     for at in (0..bytes.len()).step_by(bytes.len() / 23) {

@@ -20,12 +20,10 @@ pub enum SpecError {
         source: std::io::Error,
     },
     /// The file is far larger than any spec.
-    #[error("the spec {} has {bytes} bytes; the most that is read is {MAX_SPEC_BYTES}", path.display())]
+    #[error("the spec {} has more than the {MAX_SPEC_BYTES} bytes a spec may have; is it the right file?", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// Its size.
-        bytes: u64,
     },
     /// The file is not UTF-8.
     #[error("the spec {} is not UTF-8 text; save it as UTF-8 YAML", path.display())]

@@ -1,5 +1,7 @@
 //! Reading a spec file: strict YAML, errors with their place.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, de::IgnoredAny};
@@ -48,11 +50,13 @@ impl Spec {
     /// Reads and checks the file at `path`.
     pub fn read(path: &Path) -> Result<Self, SpecError> {
         let io = |source| SpecError::Read { path: path.to_owned(), source };
-        let bytes = std::fs::metadata(path).map_err(io)?.len();
-        if bytes > MAX_SPEC_BYTES {
-            return Err(SpecError::TooLarge { path: path.to_owned(), bytes });
+        let file = File::open(path).map_err(io)?;
+        // Not by the file's size: a pipe or a device has none, and may have no end.
+        let mut text = Vec::new();
+        file.take(MAX_SPEC_BYTES + 1).read_to_end(&mut text).map_err(io)?;
+        if text.len() as u64 > MAX_SPEC_BYTES {
+            return Err(SpecError::TooLarge { path: path.to_owned() });
         }
-        let text = std::fs::read(path).map_err(io)?;
         let text = String::from_utf8(text).map_err(|_| SpecError::NotText { path: path.to_owned() })?;
         Self::parse(&text, path)
     }
