@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use calibc_bundle::Bundle;
-use calibc_ir::{AttnOp, BLOCK, DType, HeadId, LayerId, Plan, Site, StepId, TextPosition};
+use calibc_ir::{AttnOp, BLOCK, DType, HeadId, LayerId, Plan, Site, StepId, TextPosition, Variant};
 use calibc_runtime::Operand;
 use calibc_runtime::cuda::Engine;
 use calibc_runtime::reference::{self, masked};
@@ -24,16 +24,16 @@ pub(crate) struct Comparison {
     pub(crate) layer: LayerId,
     /// Heads compared.
     pub(crate) heads: Vec<u32>,
-    /// Element type of the inputs; `None` is f32.
-    pub(crate) dtype: Option<DType>,
+    /// The kernel; `None` is the CPU reference in f32.
+    pub(crate) kernel: Option<Variant>,
     /// Query rows compared.
     pub(crate) rows: usize,
     /// Relative Frobenius error of the rows compared.
     pub(crate) error: f64,
     /// What it may be.
     pub(crate) tolerance: f64,
-    /// Largest difference of a log-sum-exp.
-    pub(crate) lse_error: f64,
+    /// Largest difference of a log-sum-exp, where one was computed.
+    pub(crate) lse_error: Option<f64>,
 }
 
 /// Largest difference a log-sum-exp may have.
@@ -42,7 +42,7 @@ pub(crate) const LSE_TOLERANCE: f64 = 1e-3;
 impl Comparison {
     pub(crate) fn passes(&self) -> bool {
         // Written so that NaN fails.
-        self.error <= self.tolerance && self.lse_error <= LSE_TOLERANCE
+        self.error <= self.tolerance && self.lse_error.is_none_or(|error| error <= LSE_TOLERANCE)
     }
 }
 
@@ -108,7 +108,7 @@ fn single_head(plan: &Plan, site: Site) -> Plan {
 /// Executes one sampled layer of `bundle` and compares it. With an engine the GPU executes it, else the CPU reference.
 pub(crate) fn compare(
     bundle: &Bundle,
-    engine: Option<(&Engine, DType, bool)>,
+    engine: Option<(&Engine, Variant)>,
     (step, layer): (StepId, LayerId),
     numbers: &mut Random,
 ) -> Result<Comparison, Failure> {
@@ -127,7 +127,8 @@ pub(crate) fn compare(
     } else {
         (whole, (step, layer), (0..whole.model.heads).collect())
     };
-    let dtype = engine.map(|(_, dtype, _)| dtype);
+    let kernel = engine.map(|(_, variant)| variant);
+    let dtype = kernel.map(|variant| variant.dtype);
     let (n, d) = (plan.model.heads as usize, plan.model.head_dim as usize);
     // Text after the video may be shorter than planned: then a random part of it is left out.
     let missing = match plan.geometry.text_position {
@@ -140,8 +141,8 @@ pub(crate) fn compare(
     let [q, k, v] = [tensor(q_len), tensor(kv_len), tensor(kv_len)];
     let views = [q.view(Operand::Q)?, k.view(Operand::K)?, v.view(Operand::V)?];
     let computed = match engine {
-        Some((engine, _, lse)) => {
-            let (out, lse) = crate::gpu::attention(engine, at.0.0, at.1.0, [&q, &k, &v], lse, None)?;
+        Some((engine, variant)) => {
+            let (out, lse) = crate::gpu::attention(engine, at.0.0, at.1.0, [&q, &k, &v], variant.lse, None)?;
             Computed { out: out.into_f32(), lse: lse.unwrap_or_default() }
         }
         None => {
@@ -155,7 +156,7 @@ pub(crate) fn compare(
         Some(DType::Bf16) => 4e-3,
         Some(DType::Fp16) => 1e-3,
     };
-    let mut comparison = Comparison { step, layer, heads, dtype, rows: 0, error: 0.0, tolerance, lse_error: 0.0 };
+    let mut comparison = Comparison { step, layer, heads, kernel, rows: 0, error: 0.0, tolerance, lse_error: None };
     // The GPU writes in the memory order of q, the reference always head by head.
     let swapped = engine.is_some() && q.tokens_major;
     let (mut difference, mut size) = (0.0, 0.0);
@@ -172,10 +173,10 @@ pub(crate) fn compare(
                 size += want.powi(2);
             }
             if let Some(&lse) = computed.lse.get(at) {
-                // max ignores NaN; this does not.
                 let error = (f64::from(lse) - row.lse).abs();
-                comparison.lse_error =
-                    if error > comparison.lse_error || error.is_nan() { error } else { comparison.lse_error };
+                // Written so that NaN stays: max would lose it.
+                let worst = comparison.lse_error.unwrap_or(0.0);
+                comparison.lse_error = Some(if worst.is_nan() || error <= worst { worst } else { error });
             }
         }
         comparison.rows += positions.len();

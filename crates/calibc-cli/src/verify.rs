@@ -37,7 +37,7 @@ pub(crate) fn verify(console: &Console, args: &VerifyArgs) -> Result<Exit, Failu
             .iter()
             .map(|c| {
                 json!({
-                    "step": c.step.0, "layer": c.layer.0, "heads": c.heads, "rows": c.rows, "dtype": dtype(c),
+                    "step": c.step.0, "layer": c.layer.0, "heads": c.heads, "rows": c.rows, "kernel": c.kernel.map(|k| k.to_string()),
                     "error": c.error, "tolerance": c.tolerance, "lse_error": c.lse_error, "ok": c.passes(),
                 })
             })
@@ -65,23 +65,19 @@ pub(crate) fn verify(console: &Console, args: &VerifyArgs) -> Result<Exit, Failu
             heads => format!(" ({} heads)", heads.len()),
         };
         text += &format!(
-            "{}  {}.{}{heads} {}, {} rows: relative error {:.1e} (at most {:.0e}), lse off by {:.1e}\n",
+            "{}  {}.{}{heads} by {}, {} rows: relative error {:.1e} (at most {:.0e}){}\n",
             if c.passes() { "ok    " } else { "DIFFER" },
             c.step,
             c.layer,
-            dtype(c),
+            c.kernel.map_or("the reference".to_owned(), |kernel| kernel.to_string()),
             c.rows,
             c.error,
             c.tolerance,
-            c.lse_error,
+            c.lse_error.map_or(String::new(), |error| format!(", lse off by {error:.1e}")),
         );
     }
     console.data(&text)?;
     Ok(exit)
-}
-
-fn dtype(comparison: &Comparison) -> String {
-    comparison.dtype.map_or("f32".to_owned(), |dtype| dtype.to_string())
 }
 
 fn device(device: Device) -> &'static str {
@@ -101,7 +97,7 @@ fn numerics(console: &Console, args: &VerifyArgs, bundle: &Bundle) -> Result<Vec
     };
     let backends: Vec<_> = match &engine {
         None => vec![None],
-        Some(engine) => bundle.plan().variants.iter().map(|v| Some((engine, v.dtype, v.lse))).collect(),
+        Some(engine) => bundle.plan().variants.iter().map(|&variant| Some((engine, variant))).collect(),
     };
     let bars = Bars::new(console);
     let total = (layers.len() * backends.len()) as u64;
