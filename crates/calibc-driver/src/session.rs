@@ -13,7 +13,7 @@ use calibc_opt::{
     CalibAtt, Calibration, Explicit, Hooks, NoCalibration, OptError, PASSES, Policy, Repetition, Report, ShareLimits,
     SiteMask, Target, recall_report, standard,
 };
-use calibc_trace::Trace;
+use calibc_trace::{MANIFEST, Manifest, Trace, TraceError};
 
 use crate::error::DriverError;
 use crate::evidence::TraceEvidence;
@@ -170,15 +170,22 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
             return Err(DriverError::UnknownPass { name: name.clone() });
         }
     }
-    // What this machine lacks is said before an hour of reading, not after.
+    // What is wrong with the request is said first, then what this machine lacks: both before an hour of reading.
+    let spec = match &options.spec {
+        Some(path) => Spec::read(path)?,
+        None => Spec::default(),
+    };
+    let manifest = options.traces.as_deref().map(Manifest::read).transpose()?;
+    let facts = manifest.as_ref().map(|manifest| TraceFacts {
+        model: &manifest.model,
+        geometry: &manifest.geometry,
+        sigmas: &manifest.sigmas,
+    });
+    let job = resolve(&spec, facts.as_ref(), &options.archs)?;
     let tools = if options.emit >= Emit::Cubin {
         Some((Nvrtc::find(options.nvrtc.as_deref())?, options.cache.open()?))
     } else {
         None
-    };
-    let spec = match &options.spec {
-        Some(path) => Spec::read(path)?,
-        None => Spec::default(),
     };
     let mut clock = Clock { observer, times: Vec::new() };
     let trace = match &options.traces {
@@ -187,11 +194,10 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
         })?),
         None => None,
     };
-    let facts = trace.as_ref().map(|trace| {
-        let manifest = trace.manifest();
-        TraceFacts { model: &manifest.model, geometry: &manifest.geometry, sigmas: &manifest.sigmas }
-    });
-    let job = resolve(&spec, facts.as_ref(), &options.archs)?;
+    // Between the two readings the folder may have become another.
+    if trace.as_ref().map(Trace::manifest) != manifest.as_ref() {
+        return Err(TraceError::Changed { file: MANIFEST.to_owned() }.into());
+    }
     let effective = job.spec.to_yaml()?;
     let (plan, report) = match &trace {
         Some(trace) => optimise(options, &job, &TraceEvidence(trace), &mut clock)?,
