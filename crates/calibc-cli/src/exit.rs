@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use calibc_bundle::BundleError;
+use calibc_bundle::{Bundle, BundleError};
 use calibc_driver::masks::MaskFileError;
 use calibc_driver::{DriverError, Family};
 use calibc_nvrtc::NvrtcError;
@@ -54,6 +54,17 @@ impl Failure {
         let message = format!("cannot {action} {}: {error}", path.display());
         Self::new(Exit::Io, anyhow::anyhow!(message))
     }
+}
+
+/// Opens the bundle at `path`; errors name it.
+pub(crate) fn open_bundle(path: &Path) -> Result<Bundle, Failure> {
+    Bundle::open(path).map_err(|error| match error {
+        error @ BundleError::Io { .. } => error.into(),
+        error => {
+            let Failure { exit, error } = error.into();
+            Failure { exit, error: anyhow::anyhow!("{}: {error}", path.display()) }
+        }
+    })
 }
 
 impl fmt::Display for Failure {

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 use crate::args::{ExportArgs, InspectArgs};
 use crate::console::{Console, bytes};
 use crate::describe;
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, open_bundle};
 
 /// Widest drawing of a mask, in characters.
 const WIDTH: u32 = 128;
 
 pub(crate) fn inspect(console: &Console, args: &InspectArgs) -> Result<Exit, Failure> {
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = open_bundle(&args.bundle)?;
     if let (Some(step), Some(layer), Some(head)) = (args.step, args.layer, args.head) {
         draw(console, bundle.plan(), Site::new(step, layer, head), args.json)?;
     } else if args.spec {
@@ -179,7 +179,7 @@ fn drawing(mask: &BlockMask) -> String {
 }
 
 pub(crate) fn export(console: &Console, args: &ExportArgs) -> Result<Exit, Failure> {
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = open_bundle(&args.bundle)?;
     let size = calibc_driver::masks::write(bundle.plan(), &args.masks)?;
     console.note(&format!("{} ({})", args.masks.display(), bytes(size)));
     Ok(Exit::Ok)

@@ -122,7 +122,8 @@ pub(crate) fn read_qkv(path: &Path, tokens_major: bool) -> Result<[Tensor; 3], F
         let view = file.tensor(name).map_err(|_| {
             let mut names = file.names();
             names.sort_unstable();
-            wrong(format!("there is no tensor `{name}`, only {}; name the inputs q, k and v", names.join(", ")))
+            let there = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+            wrong(format!("there is no tensor `{name}`, only {there}; name the inputs q, k and v"))
         })?;
         let &[b, x, y, d] = view.shape() else {
             let order =

@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 
 use crate::args::{Device, RunArgs, VerifyArgs};
 use crate::console::{Console, count, seconds};
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, open_bundle};
 use crate::numerics::{Comparison, compare, sample_layers};
 use crate::progress::{Bars, Unit};
 use crate::tensors::{Random, Tensor, read_qkv, write_out};
 
 pub(crate) fn verify(console: &Console, args: &VerifyArgs) -> Result<Exit, Failure> {
     // Opening checks every byte and runs the verifier on the plan; what follows is what a bundle may lack and still be sound.
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = open_bundle(&args.bundle)?;
     let plan = bundle.plan();
     let mut problems: Vec<String> = verify::verify(plan).err().into_iter().flatten().map(|e| e.to_string()).collect();
     if plan.schedule.is_none() {
@@ -112,7 +112,7 @@ fn numerics(console: &Console, args: &VerifyArgs, bundle: &Bundle) -> Result<Vec
 }
 
 pub(crate) fn run(console: &Console, args: &RunArgs) -> Result<Exit, Failure> {
-    let bundle = Bundle::open(&args.bundle)?;
+    let bundle = open_bundle(&args.bundle)?;
     let [q, k, v] = read_qkv(&args.input, args.tokens_major)?;
     let start = Instant::now();
     let (out, lse) = match args.device {
