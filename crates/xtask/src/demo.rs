@@ -77,13 +77,11 @@ impl Demo<'_> {
 
     /// Runs a command in front of the user.
     fn show(&self, command: &mut Command) -> Result<()> {
-        let program = if Path::new(command.get_program()) == self.calibc { "calibc" } else { "cargo" };
         let spelling = spelled(command);
-        let arguments = spelling.split_once(' ').map_or("", |(_, arguments)| arguments);
-        println!("\n$ {program} {arguments}");
+        println!("\n$ {spelling}");
         self.environment.apply(command);
         let status = command.status().with_context(|| format!("cannot run `{spelling}`"))?;
-        ensure!(status.success(), "`{program} {arguments}` failed ({status})");
+        ensure!(status.success(), "`{spelling}` failed ({status})");
         Ok(())
     }
 

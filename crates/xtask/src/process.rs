@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     io::{self, BufRead, BufReader, Read, Write},
+    path::Path,
     process::{Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -18,13 +19,18 @@ pub(crate) struct Outcome {
     pub(crate) time: Duration,
 }
 
-/// The command as one would type it; arguments with blanks in quotes.
+/// The command as one would type it: the program without its folder, arguments with blanks in quotes.
 pub(crate) fn spelled(command: &Command) -> String {
     let quote = |word: &OsStr| {
         let word = word.to_string_lossy();
         if word.is_empty() || word.contains(char::is_whitespace) { format!("'{word}'") } else { word.into_owned() }
     };
-    std::iter::once(command.get_program()).chain(command.get_args()).map(quote).collect::<Vec<_>>().join(" ")
+    let program = Path::new(command.get_program());
+    std::iter::once(program.file_name().unwrap_or(program.as_os_str()))
+        .chain(command.get_args())
+        .map(quote)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Runs a command; its output goes to this process's streams line by line, and is kept.

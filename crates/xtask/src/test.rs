@@ -34,11 +34,11 @@ struct Session<'a> {
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let mut session = Session::start(workspace)?;
     session.check("format", &mut workspace.cargo(&["fmt", "--all", "--check"]))?;
-    let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    let clippy = ["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"];
     session.check("clippy", &mut workspace.cargo(&clippy))?;
     session.cargo_test("tests", &["test", "--workspace", "--no-fail-fast"])?;
     session.python_tests()?;
-    let mut doc = workspace.cargo(&["doc", "--workspace", "--no-deps"]);
+    let mut doc = workspace.cargo(&["doc", "--workspace", "--no-deps", "--keep-going"]);
     session.check("docs", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     Ok(session.finish())
 }
