@@ -4,7 +4,7 @@
 //! Variant --decide--> KernelCx (flat) + list of parts --spell--> templates/portable/*.cu.tera --> one CUDA file, no #include
 //! ```
 //!
-//! Rust decides, templates spell: a template substitutes and loops over [`KernelCx`], and never branches. What differs between
+//! Rust decides, templates spell: a template substitutes and loops over `KernelCx`, and never branches. What differs between
 //! variants is a constant of the prelude, or a part chosen in `parts`.
 //!
 //! # The portable kernel
