@@ -3,18 +3,48 @@
 //! [`describe`] and is refused where it differs.
 //!
 //! ```text
-//! grid  = (items of the longest work list of the layer over all steps, batch, 1)     block = THREADS
 //! steps[step] -> StepTable { lists, items, ops, masks }
 //!   lists[layer] = { begin, count }       items of this layer, in execution order
-//!   items[begin + blockIdx.x] = head << 16 | tile
+//!   items[begin + i] = head << 16 | tile
 //!   ops[layer * heads + head] = OP_DENSE | OP_ANCHORS | mask index
 //!   masks + mask * q_blocks * words_per_row + tile * words_per_row    -> bit row over kv blocks
 //! ```
 //!
-//! A CTA whose index is past the list's count does nothing. A step at or past `num_steps` launches nothing and writes nothing.
+//! A step at or past `num_steps` writes nothing. Every CTA reads the list's count itself: the launch only knows a bound where the
+//! step is in device memory. `bound` is the count of a step known on the host, else that of the layer's longest list over all steps.
+//!
+//! # Portable kernels
+//!
+//! ```text
+//! kernel(const __grid_constant__ Params p)
+//! grid = (bound, batch, 1)      block = the kernel's threads      dynamic shared memory = the kernel's + one mask row
+//! ```
+//!
+//! CTA (i, b) computes item i of batch element b; it does nothing where i is past the list's count.
+//!
+//! # Hopper kernels
+//!
+//! ```text
+//! kernel(const __grid_constant__ Params p, const __grid_constant__ TensorMap q_map, ... k_map, ... v_map)
+//! grid = (min(bound * batch, SMs), 1, 1)      block = the kernel's threads      dynamic shared memory = the kernel's, exactly
+//! ```
+//!
+//! Persistent: CTA c computes work c, c + grid, ... below count * batch; work w is item w % count of batch element w / count. The
+//! runtime keeps bound * batch below 2^31.
+//!
+//! A `TensorMap` is the driver's tensor map, [`TENSOR_MAP_BYTES`] opaque bytes aligned to [`TENSOR_MAP_ALIGN`]. The three are made
+//! alike, of the launch's own tensors, lengths included:
+//!
+//! ```text
+//! element         bfloat16 or float16      rank 5, innermost first
+//! dims            { 64, tokens, head_dim / 64, heads, batch }
+//! byte strides    { token_stride * 2, 128, head_stride * 2, batch_stride * 2 }     any legal one where the dimension is 1
+//! box             { 64, 128, head_dim / 64, 1, 1 }       element strides 1
+//! no interleave, 128-byte swizzle, 256-byte L2 promotion, zeros where the box leaves the tensor
+//! ```
 
 /// Version of everything on this page.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// `ops` word of a dense head.
 pub const OP_DENSE: u32 = u32::MAX;
@@ -54,7 +84,8 @@ impl Scalar {
     }
 }
 
-/// Fields of the parameter struct in order, each aligned to its size: 8-byte fields first, so that there are no holes.
+/// Fields of the parameter struct in order, each aligned to its size: 8-byte fields first, so that there are no holes between
+/// them; the end is padded to [`PARAMS_BYTES`].
 ///
 /// Strides count elements. `lse` and `step_ptr` may be null. `anchor_*` is the [`crate::AnchorTable`] of the plan, null
 /// without anchor heads. `scale_log2` = softmax scale * log2(e).
@@ -87,6 +118,7 @@ pub const PARAMS: &[(&str, Scalar)] = &[
     ("num_steps", Scalar::U32),
     ("layer", Scalar::U32),
     ("num_heads", Scalar::U32),
+    ("batch", Scalar::U32),
     ("q_len", Scalar::U32),
     ("kv_len", Scalar::U32),
     ("num_q_blocks", Scalar::U32),
@@ -95,10 +127,36 @@ pub const PARAMS: &[(&str, Scalar)] = &[
     ("scale_log2", Scalar::F32),
 ];
 
+/// Size of the parameter struct: that of its fields, rounded up to 8, its alignment.
+pub const PARAMS_BYTES: u32 = {
+    let (mut bytes, mut i) = (0, 0);
+    while i < PARAMS.len() {
+        bytes += PARAMS[i].1.size();
+        i += 1;
+    }
+    bytes.next_multiple_of(8)
+};
+
+/// What Hopper kernels take after the parameter struct, in order: the tensor maps of q, k and v.
+pub const TENSOR_MAPS: &[&str] = &["q_map", "k_map", "v_map"];
+
+/// Size of a tensor map.
+pub const TENSOR_MAP_BYTES: u32 = 128;
+
+/// Alignment of a tensor map.
+pub const TENSOR_MAP_ALIGN: u32 = 64;
+
+/// Elements of a head in one box row: what a 128-byte swizzle spans.
+pub const TENSOR_MAP_COLUMNS: u32 = 64;
+
+/// Tokens of a box.
+pub const TENSOR_MAP_TOKENS: u32 = 128;
+
 /// The four addresses of a step's tables, in order.
 pub const STEP_TABLE: &[&str] = &["lists", "items", "ops", "masks"];
 
-/// The layout in one line, as a bundle stores it: `abi 1; q:ptr@0 k:ptr@8 ...; 272 bytes; lists items ops masks`.
+/// The layout in one line, as a bundle stores it:
+/// `abi 2; q:ptr@0 k:ptr@8 ...; 240 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, boxes 64 x 128`.
 pub fn describe() -> String {
     let mut at = 0;
     let mut line = format!("abi {ABI_VERSION};");
@@ -106,5 +164,34 @@ pub fn describe() -> String {
         line += &format!(" {name}:{}@{at}", scalar.name());
         at += scalar.size();
     }
-    line + &format!("; {at} bytes; {}", STEP_TABLE.join(" "))
+    line += &format!("; {PARAMS_BYTES} bytes; {}", STEP_TABLE.join(" "));
+    let maps = TENSOR_MAPS.join(" ");
+    line + &format!("; hopper {maps} of {TENSOR_MAP_BYTES} bytes, boxes {TENSOR_MAP_COLUMNS} x {TENSOR_MAP_TOKENS}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_names_every_field_and_both_families() {
+        let line = describe();
+        assert!(line.starts_with("abi 2; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
+        assert!(line.contains(" num_heads:u32@204 batch:u32@208 q_len:u32@212 "), "{line}");
+        assert!(
+            line.contains(" scale_log2:f32@232; 240 bytes; lists items ops masks; hopper q_map k_map v_map "),
+            "{line}"
+        );
+        assert!(line.ends_with(" of 128 bytes, boxes 64 x 128"), "{line}");
+    }
+
+    #[test]
+    fn fields_are_aligned_without_holes() {
+        let mut at = 0;
+        for &(name, scalar) in PARAMS {
+            assert_eq!(at % scalar.size(), 0, "{name}");
+            at += scalar.size();
+        }
+        assert!((at..at + 8).contains(&PARAMS_BYTES));
+    }
 }

@@ -27,4 +27,4 @@ pub use geometry::{BLOCK, Geometry, GeometryError, Layout, MAX_TOKENS, TextPosit
 pub use ids::{HeadId, LayerId, MaskId, Site, StepId};
 pub use mask::{BlockMask, MaskTable};
 pub use plan::{AttnOp, Model, Plan, Schedule, WorkItem};
-pub use variant::{Arch, ArchError, DType, DTypeError, HEAD_DIMS, Variant};
+pub use variant::{Arch, ArchError, DType, DTypeError, Family, FamilyError, HEAD_DIMS, Variant};

@@ -1,4 +1,4 @@
-//! Kernel variants: what one compiled kernel is specialised for, and which GPUs its machine code runs on.
+//! Kernel variants: what one compiled kernel is specialised for, how it is built, and which GPUs its machine code runs on.
 
 use std::{fmt, str::FromStr};
 
@@ -43,7 +43,7 @@ impl FromStr for DType {
 /// Head dimensions kernels are made for.
 pub const HEAD_DIMS: [u32; 2] = [64, 128];
 
-/// What a kernel is specialised for. `Display` is the kernel's symbol.
+/// What a kernel is specialised for. `Display` is the symbol of its portable kernel; see [`Family::symbol`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Variant {
     /// Element type.
@@ -98,6 +98,65 @@ impl fmt::Display for Arch {
     }
 }
 
+/// How kernels are built: one text per variant and family. A compiled kernel is a variant, a family and an architecture.
+///
+/// Every family has its own launch contract ([`crate::abi`]) and gives the same results up to rounding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// `mma.sync` and `cp.async`: what sm_80 has, so every architecture.
+    Portable,
+    /// `wgmma`, TMA and mbarriers, persistent: sm_90a alone.
+    Hopper,
+}
+
+impl Family {
+    /// Every family, the preferred one last.
+    pub const ALL: [Self; 2] = [Self::Portable, Self::Hopper];
+
+    /// The family that serves `arch` best.
+    pub fn of(arch: Arch) -> Self {
+        if Self::Hopper.compiles_for(arch) { Self::Hopper } else { Self::Portable }
+    }
+
+    /// Whether kernels of this family compile for `arch`.
+    pub fn compiles_for(self, arch: Arch) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Hopper => arch == Arch { major: 9, minor: 0, specific: true },
+        }
+    }
+
+    /// Entry point of the kernel of `variant`: `{variant}`, and `{variant}_hopper` in the Hopper family.
+    pub fn symbol(self, variant: &Variant) -> String {
+        match self {
+            Self::Portable => variant.to_string(),
+            Self::Hopper => format!("{variant}_hopper"),
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Portable => "portable",
+            Self::Hopper => "hopper",
+        })
+    }
+}
+
+/// Not the name of a family.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("`{0}` is not a kernel family; use portable or hopper")]
+pub struct FamilyError(pub String);
+
+impl FromStr for Family {
+    type Err = FamilyError;
+
+    fn from_str(s: &str) -> Result<Self, FamilyError> {
+        Self::ALL.into_iter().find(|f| f.to_string() == s).ok_or_else(|| FamilyError(s.to_owned()))
+    }
+}
+
 /// Not an architecture calibc makes kernels for.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("`{0}` is not a supported architecture; use one of sm_80, sm_86, sm_89, sm_90, sm_90a, sm_100, sm_120")]
@@ -133,5 +192,21 @@ mod tests {
         assert!(arch("sm_120").runs_on((12, 1)) && !arch("sm_120").runs_on((10, 0)));
         assert_eq!(arch("sm_90a").to_string(), "sm_90a");
         assert!("sm_91".parse::<Arch>().is_err());
+    }
+
+    #[test]
+    fn hopper_kernels_are_for_sm_90a_alone() {
+        let arch = |s: &str| s.parse::<Arch>().unwrap();
+        for name in ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"] {
+            assert_eq!(Family::of(arch(name)), Family::Portable, "{name}");
+            assert!(Family::Portable.compiles_for(arch(name)) && !Family::Hopper.compiles_for(arch(name)), "{name}");
+        }
+        assert_eq!(Family::of(arch("sm_90a")), Family::Hopper);
+        assert!(Family::Portable.compiles_for(arch("sm_90a")));
+        let variant = Variant { dtype: DType::Bf16, head_dim: 64, lse: true, anchors: false, ragged: false };
+        let symbols = Family::ALL.map(|family| family.symbol(&variant));
+        assert_eq!(symbols, ["calibc_attn_bf16_hd64_lse", "calibc_attn_bf16_hd64_lse_hopper"]);
+        assert!(Family::ALL.iter().all(|family| family.to_string().parse() == Ok(*family)));
+        assert!("ampere".parse::<Family>().is_err());
     }
 }
