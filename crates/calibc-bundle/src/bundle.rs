@@ -32,7 +32,7 @@ pub struct Bundle {
 /// One payload of the file, for reports on where the bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Section {
-    /// Its name, as in the crate's documentation: `masks/0`, `ops`, `cubin/<variant>/<arch>`, ...
+    /// Its name, as in the crate's documentation: `masks/0`, `ops`, `cubin/<kernel>/<arch>`, ...
     pub name: String,
     /// Bytes in the file.
     pub stored: u64,
@@ -120,7 +120,7 @@ impl Bundle {
         &self.report
     }
 
-    /// Kernels, by variant in the plan's order, then by architecture.
+    /// Kernels, by variant in the plan's order, then by family, then by architecture.
     pub fn kernels(&self) -> &[Kernel] {
         &self.kernels
     }
@@ -146,8 +146,8 @@ impl Bundle {
         self.digest.to_hex().to_string()
     }
 
-    /// The kernel of `variant` for a GPU of compute capability `cc` = (major, minor): of those that run there, the one made for
-    /// the architecture itself, else the latest.
+    /// The kernel of `variant` for a GPU of compute capability `cc` = (major, minor): of those that run there, one of the Hopper
+    /// family, else the one made for the architecture itself, else the latest.
     ///
     /// # Errors
     /// [`BundleError::NoSuchVariant`] where no kernel has this variant, [`BundleError::NotForThisGpu`] where none of them runs.
@@ -160,8 +160,13 @@ impl Bundle {
         }
         of_variant()
             .filter(|k| k.arch.runs_on(cc))
-            .max_by_key(|k| (k.arch.specific, k.arch.minor))
-            .ok_or_else(|| BundleError::NotForThisGpu { cc, available: of_variant().map(|k| k.arch).collect() })
+            .max_by_key(|k| (k.family, k.arch.specific, k.arch.minor))
+            .ok_or_else(|| {
+                let mut available: Vec<_> = of_variant().map(|k| k.arch).collect();
+                available.sort();
+                available.dedup();
+                BundleError::NotForThisGpu { cc, available }
+            })
     }
 
     /// Whether the bundle is for what the caller is about to run.
@@ -207,11 +212,13 @@ fn kernels(plan: &Plan, manifest: &Manifest, payloads: &mut Payloads<'_>) -> Res
         let variant = plan.variants.get(wire.variant as usize);
         let &variant = variant.ok_or_else(|| field(i, format!("there is no variant {}", wire.variant)))?;
         let arch = wire.arch.parse().map_err(|e: calibc_ir::ArchError| field(i, e.to_string()))?;
-        if previous.replace((wire.variant, arch)).is_some_and(|previous| previous >= (wire.variant, arch)) {
-            return Err(field(i, "not in ascending order of variant and architecture".to_owned()));
+        let (family, place) = (wire.family.into(), (wire.variant, wire.family, arch));
+        if previous.replace(place).is_some_and(|previous| previous >= place) {
+            return Err(field(i, "not in ascending order of variant, family and architecture".to_owned()));
         }
         kernels.push(Kernel {
             variant,
+            family,
             arch,
             symbol: wire.symbol.clone(),
             source: String::new(),
@@ -222,7 +229,7 @@ fn kernels(plan: &Plan, manifest: &Manifest, payloads: &mut Payloads<'_>) -> Res
             nvrtc: wire.nvrtc.into(),
         });
     }
-    for group in kernels.chunk_by_mut(|a, b| a.variant == b.variant) {
+    for group in kernels.chunk_by_mut(|a, b| (a.variant, a.family) == (b.variant, b.family)) {
         let source = payloads.take_text(&source_name(&group[0]))?;
         group.iter_mut().for_each(|kernel| kernel.source.clone_from(&source));
     }

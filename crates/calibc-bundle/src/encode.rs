@@ -11,8 +11,8 @@ use crate::{BundleError, Kernel, Resources, layout, wire};
 pub struct Contents<'a> {
     /// The plan; it must pass the verifier, and have variants and a schedule.
     pub plan: &'a Plan,
-    /// Kernels, each of one of the plan's variants, at most one per (variant, architecture), in any order. May be empty: the
-    /// CPU needs none.
+    /// Kernels, each of one of the plan's variants, at most one per (variant, family, architecture), in any order. May be empty:
+    /// the CPU needs none.
     pub kernels: &'a [Kernel],
     /// The effective spec, as YAML.
     pub spec: &'a str,
@@ -77,28 +77,30 @@ fn encode_kernels(
 ) -> Result<Vec<wire::Kernel>, BundleError> {
     let mut sorted = Vec::with_capacity(kernels.len());
     for kernel in kernels {
-        let what = || format!("kernel {} for {}", kernel.variant, kernel.arch);
+        let what = || name(kernel);
         let index = plan.variants.iter().position(|v| *v == kernel.variant);
         let index = index.ok_or_else(|| BundleError::unwritable(what(), "the plan has no such variant"))?;
         check_kernel(kernel).map_err(|why| BundleError::unwritable(what(), why))?;
         kernel.arch.to_string().parse::<Arch>().map_err(|e| BundleError::unwritable(what(), e.to_string()))?;
         sorted.push((index as u32, kernel));
     }
-    sorted.sort_by_key(|&(index, kernel)| (index, kernel.arch));
+    sorted.sort_by_key(|&(index, kernel)| (index, kernel.family, kernel.arch));
     for pair in sorted.windows(2) {
         let [(a, first), (b, second)] = pair else { continue };
-        let what = || format!("kernel {} for {}", second.variant, second.arch);
-        if (a, first.arch) == (b, second.arch) {
-            return Err(BundleError::unwritable(what(), "given twice"));
+        if (a, first.family) != (b, second.family) {
+            continue;
         }
-        if a == b && first.source != second.source {
+        if first.arch == second.arch {
+            return Err(BundleError::unwritable(name(second), "given twice"));
+        }
+        if first.source != second.source {
             let why = format!("its source is not that for {}", first.arch);
-            return Err(BundleError::unwritable(what(), why));
+            return Err(BundleError::unwritable(name(second), why));
         }
     }
     let mut previous = None;
     for &(index, kernel) in &sorted {
-        if previous.replace(index) != Some(index) {
+        if previous.replace((index, kernel.family)) != Some((index, kernel.family)) {
             payloads.push((source_name(kernel), Raw::Bytes(kernel.source.as_bytes().to_vec())));
         }
     }
@@ -106,11 +108,18 @@ fn encode_kernels(
     Ok(sorted.into_iter().map(|(index, kernel)| to_wire(index, kernel)).collect())
 }
 
+/// The kernel, as errors call it.
+fn name(kernel: &Kernel) -> String {
+    format!("kernel {} for {}", kernel.family.symbol(&kernel.variant), kernel.arch)
+}
+
 fn to_wire(variant: u32, kernel: &Kernel) -> wire::Kernel {
-    let Kernel { variant: _, arch, symbol, source: _, cubin: _, threads, shared_bytes, resources, nvrtc } = kernel;
+    let Kernel { variant: _, family, arch, symbol, source: _, cubin: _, threads, shared_bytes, resources, nvrtc } =
+        kernel;
     let &Resources { registers, static_shared_bytes, stack_bytes, spill_stores, spill_loads } = resources;
     wire::Kernel {
         variant,
+        family: (*family).into(),
         arch: arch.to_string(),
         symbol: symbol.clone(),
         threads: *threads,
@@ -126,15 +135,16 @@ fn to_wire(variant: u32, kernel: &Kernel) -> wire::Kernel {
 
 /// Name of the payload with the kernel's CUDA text.
 pub(crate) fn source_name(kernel: &Kernel) -> String {
-    format!("source/{}", kernel.variant)
+    format!("source/{}", kernel.family.symbol(&kernel.variant))
 }
 
 /// Name of the payload with the kernel's machine code.
 pub(crate) fn cubin_name(kernel: &Kernel) -> String {
-    format!("cubin/{}/{}", kernel.variant, kernel.arch)
+    format!("cubin/{}/{}", kernel.family.symbol(&kernel.variant), kernel.arch)
 }
 
-/// What a launch relies on: the symbol becomes a C string, the code is not empty, a block has threads.
+/// What a launch relies on: the symbol becomes a C string, the code is not empty, a block has threads, and the code is of the
+/// family it says, as far as the architecture can tell.
 pub(crate) fn check_kernel(kernel: &Kernel) -> Result<(), String> {
     let mut letters = kernel.symbol.bytes();
     let starts = letters.next().is_some_and(|b| b == b'_' || b.is_ascii_alphabetic());
@@ -143,6 +153,9 @@ pub(crate) fn check_kernel(kernel: &Kernel) -> Result<(), String> {
     }
     if !(1..=1024).contains(&kernel.threads) {
         return Err(format!("{} threads are not a block of 1..=1024", kernel.threads));
+    }
+    if !kernel.family.compiles_for(kernel.arch) {
+        return Err(format!("there are no {} kernels for {}", kernel.family, kernel.arch));
     }
     if kernel.cubin.is_empty() {
         return Err("its machine code is empty".to_owned());

@@ -21,13 +21,13 @@
 //! # Ok::<(), calibc_bundle::BundleError>(())
 //! ```
 //!
-//! # Layout, format version 1
+//! # Layout, format version 2
 //!
 //! Little-endian throughout.
 //!
 //! ```text
 //! at  0  magic              8 bytes   89 63 61 6c 69 62 63 0a ("\x89calibc\n")
-//!     8  format version     u32       1
+//!     8  format version     u32       2
 //!    12  manifest length    u32       at most 16 MiB
 //!    16  file length        u64
 //!    24  manifest digest    32 bytes  BLAKE3 of the manifest
@@ -52,9 +52,9 @@
 //! masks            [{ step, masks }]: chunk i holds the next `masks` masks in id order, which are first used at `step`
 //! schedule         { lists, items }
 //! variants         [{ dtype: bf16|fp16, head_dim, lse, anchors, ragged }]
-//! kernels          [{ variant: index, arch: "sm_80", symbol, threads, shared_bytes (dynamic), registers,
-//!                     static_shared_bytes, stack_bytes, spill_stores, spill_loads, nvrtc: [major, minor] }],
-//!                  ascending by (variant, arch)
+//! kernels          [{ variant: index, family: portable|hopper, arch: "sm_80", symbol, threads, shared_bytes (dynamic),
+//!                     registers, static_shared_bytes, stack_bytes, spill_stores, spill_loads, nvrtc: [major, minor] }],
+//!                  ascending by (variant, family, arch)
 //! payloads         [{ name, offset, stored, raw, codec: none|zstd, blake3 }], in file order
 //! ```
 //!
@@ -73,8 +73,8 @@
 //! anchors                   u32: number of queries, then queries, copy_ptr, copies of calibc_ir::AnchorTable; with `anchors` only
 //! spec                      the effective spec, YAML
 //! report                    numbers of the compile report, JSON
-//! source/<variant>          CUDA text, once per variant that has a kernel
-//! cubin/<variant>/<arch>    machine code, one per kernel
+//! source/<kernel>           CUDA text, once per variant and family that has a kernel; <kernel> is calibc_ir::Family::symbol
+//! cubin/<kernel>/<arch>     machine code, one per kernel
 //! ```
 //!
 //! A payload is stored as one zstd frame where this makes it smaller, but never by more than a factor of 4096: together with
@@ -84,6 +84,8 @@
 //!
 //! A reader reads one format version. Whatever changes here (a field, a payload, an order) changes the version; magic, version
 //! and the header's digest keep their places in every version, so that a later file is told from a damaged one.
+//!
+//! 1: one kernel per variant and architecture. 2: kernels have a family.
 //!
 //! # Promises
 //!
@@ -107,24 +109,26 @@ pub use error::BundleError;
 pub use wire::Codec;
 pub use write::write;
 
-use calibc_ir::{Arch, Variant};
+use calibc_ir::{Arch, Family, Variant};
 
 /// First bytes of a bundle.
 pub const MAGIC: [u8; 8] = *b"\x89calibc\n";
 
 /// The one format version this build writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// One compiled kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
     /// What it is specialised for; one of the plan's variants.
     pub variant: Variant,
-    /// What its machine code runs on.
+    /// How it is built, and so how it is launched.
+    pub family: Family,
+    /// What its machine code runs on; one that its family compiles for.
     pub arch: Arch,
     /// Name of the entry point, a C identifier.
     pub symbol: String,
-    /// CUDA text it was compiled from; the same for every architecture of a variant.
+    /// CUDA text it was compiled from; the same for every architecture of a variant and family.
     pub source: String,
     /// Machine code. Loading it is running it: trust whoever gave the file.
     pub cubin: Vec<u8>,

@@ -92,12 +92,21 @@ enum DType {
     Fp16,
 }
 
-/// A kernel; its code is in the payloads `source/<variant>` and `cubin/<variant>/<arch>`.
+/// How a kernel is built; in the order of kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Family {
+    Portable,
+    Hopper,
+}
+
+/// A kernel; its code is in the payloads `source/<kernel>` and `cubin/<kernel>/<arch>`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Kernel {
     /// Index into `variants`.
     pub(crate) variant: u32,
+    pub(crate) family: Family,
     pub(crate) arch: String,
     pub(crate) symbol: String,
     pub(crate) threads: u32,
@@ -238,5 +247,23 @@ impl From<Variant> for ir::Variant {
             DType::Fp16 => ir::DType::Fp16,
         };
         Self { dtype, head_dim, lse, anchors, ragged }
+    }
+}
+
+impl From<ir::Family> for Family {
+    fn from(family: ir::Family) -> Self {
+        match family {
+            ir::Family::Portable => Self::Portable,
+            ir::Family::Hopper => Self::Hopper,
+        }
+    }
+}
+
+impl From<Family> for ir::Family {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::Portable => Self::Portable,
+            Family::Hopper => Self::Hopper,
+        }
     }
 }

@@ -87,7 +87,7 @@ fn appended_bytes_are_detected() {
 #[test]
 fn a_later_version_is_told_from_a_damaged_file() {
     let mut parts = Parts::of(&sample().encode());
-    for version in [0, 2, u32::MAX] {
+    for version in [0, 1, FORMAT_VERSION + 1, u32::MAX] {
         parts.version = version;
         match Bundle::parse(&parts.build()) {
             Err(BundleError::VersionNotReadable { found, readable }) => {
@@ -129,10 +129,10 @@ fn headers_that_lie_are_detected() {
 #[test]
 fn another_launch_contract_is_its_own_error() {
     let mut parts = Parts::of(&sample().encode());
-    parts.edit("\"abi\":\"abi 1;", "\"abi\":\"abi 7;");
+    parts.edit("\"abi\":\"abi 2;", "\"abi\":\"abi 7;");
     match Bundle::parse(&parts.build()) {
         Err(BundleError::AbiMismatch { found, expected }) => {
-            assert_eq!(found.replacen("abi 7;", "abi 1;", 1), expected);
+            assert_eq!(found.replacen("abi 7;", "abi 2;", 1), expected);
         }
         other => panic!("{:?}", other.map(|b| b.digest())),
     }
@@ -216,6 +216,11 @@ fn manifests_that_lie_are_detected() {
         (swap("\"variant\":0", "\"variant\":1"), "manifest field kernels[1]: not in ascending order"),
         (swap("\"arch\":\"sm_80\"", "\"arch\":\"sm_81\""), "manifest field kernels[0]: `sm_81` is not"),
         (swap("\"arch\":\"sm_80\"", "\"arch\":\"sm_89\""), "manifest field kernels[1]: not in ascending order"),
+        (
+            swap("\"family\":\"portable\",\"arch\":\"sm_80\"", "\"family\":\"hopper\",\"arch\":\"sm_80\""),
+            "manifest field kernels[1]: not in",
+        ),
+        (swap("\"family\":\"portable\"", "\"family\":\"ampere\""), "manifest: unknown variant `ampere`"),
         (swap("\"symbol\":\"c", "\"symbol\":\"1"), "manifest field kernels[0]: symbol"),
         (swap("\"nvrtc\":[13,0]", "\"nvrtc\":[13,0,0]"), "manifest: "),
         (swap("\"lse\":true,\"anchors\":true", "\"lse\":true,\"anchors\":false"), "plan: "),
@@ -349,7 +354,8 @@ fn payloads_that_lie_are_detected() {
             |p| p.payloads.iter_mut().find(|p| p.name.starts_with("source/")).unwrap().set(vec![0xc0]),
             "payload source/calibc_attn",
         ),
-        (|p| p.payloads.last_mut().unwrap().set(vec![]), "manifest field kernels[8]: its machine code is empty"),
+        (|p| p.payloads.last_mut().unwrap().set(vec![]), "manifest field kernels[11]: its machine code is empty"),
+        (hopper_code_for_another_architecture, "manifest field kernels[11]: there are no hopper kernels for sm_90"),
     ];
     for (i, (spoil, want)) in cases.iter().enumerate() {
         let mut parts = Parts::of(&sample().encode());
@@ -376,6 +382,15 @@ fn compress(parts: &mut Parts, name: &str, content: Vec<u8>) {
     let part = parts.part(name);
     part.codec = "zstd".into();
     part.bytes = zstd::bulk::compress(&content, 19).unwrap();
+}
+
+/// The last kernel is the Hopper one of its variant.
+fn hopper_code_for_another_architecture(parts: &mut Parts) {
+    let at = parts.head.rfind("\"arch\":\"sm_90a\"").unwrap();
+    parts.head.replace_range(at..at + 15, "\"arch\":\"sm_90\"");
+    let name = &mut parts.payloads.last_mut().unwrap().name;
+    assert!(name.ends_with("_hopper/sm_90a"), "{name}");
+    name.pop();
 }
 
 fn digits<'a>(text: &'a str, after: &str) -> &'a str {

@@ -3,7 +3,7 @@
 mod support;
 
 use calibc_bundle::{Bundle, BundleError, Codec, Expected, encode};
-use calibc_ir::{AnchorTable, AttnOp, DType, Geometry, HeadId, MaskId, TextPosition, Variant, WorkItem};
+use calibc_ir::{AnchorTable, AttnOp, DType, Family, Geometry, HeadId, MaskId, TextPosition, Variant, WorkItem};
 use proptest::prelude::*;
 use support::{Owned, Parts, Rng, arch, plan, random, sample};
 
@@ -15,7 +15,7 @@ fn assert_same(bundle: &Bundle, owned: &Owned) {
     let table = owned.plan.anchors().map(|anchors| AnchorTable::new(&owned.plan.geometry, anchors));
     assert_eq!(bundle.anchor_table(), table.as_ref());
     let mut kernels = owned.kernels.clone();
-    kernels.sort_by_key(|k| (owned.plan.variants.iter().position(|v| *v == k.variant), k.arch));
+    kernels.sort_by_key(|k| (owned.plan.variants.iter().position(|v| *v == k.variant), k.family, k.arch));
     assert_eq!(bundle.kernels(), kernels);
 }
 
@@ -84,8 +84,17 @@ fn the_best_kernel_for_a_gpu_is_found_or_what_there_is_is_named() {
     owned.kernels.retain(|k| k.variant != owned.plan.variants[2]);
     let bundle = Bundle::parse(&owned.encode()).unwrap();
     for (cc, want) in [((8, 0), "sm_80"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((9, 1), "sm_90")] {
-        assert_eq!(bundle.kernel_for(cc, &variant).unwrap().arch, arch(want), "{cc:?}");
+        let kernel = bundle.kernel_for(cc, &variant).unwrap();
+        assert_eq!((kernel.arch, kernel.family), (arch(want), Family::of(arch(want))), "{cc:?}");
     }
+    owned.kernels.retain(|k| k.family == Family::Portable);
+    let twin = Bundle::parse(&owned.encode()).unwrap();
+    let kernel = twin.kernel_for((9, 0), &variant).unwrap();
+    assert_eq!(
+        (kernel.arch, kernel.family),
+        (arch("sm_90a"), Family::Portable),
+        "the correctness twin, where it is alone"
+    );
     let other = owned.plan.variants[1];
     match bundle.kernel_for((9, 0), &other) {
         Err(e @ BundleError::NotForThisGpu { .. }) => assert_eq!(
@@ -172,6 +181,7 @@ fn contents_that_would_not_open_are_refused() {
         (|o| o.kernels[0].threads = 1025, "kernel"),
         (|o| o.kernels[0].source.push(' '), "kernel"),
         (|o| o.kernels[0].arch.minor = 77, "kernel"),
+        (|o| o.kernels[0].family = Family::Hopper, "kernel"),
         (|o| o.kernels.push(o.kernels[0].clone()), "kernel"),
         (|o| o.kernels[0].variant = Variant { dtype: DType::Fp16, lse: true, ..o.kernels[0].variant }, "kernel"),
         (|o| (0..300).for_each(|_| o.report = serde_json::json!([o.report])), "report"),

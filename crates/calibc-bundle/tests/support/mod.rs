@@ -5,7 +5,7 @@
 
 use calibc_bundle::{Contents, Kernel, Resources, encode};
 use calibc_ir::{
-    AnchorTable, Arch, AttnOp, BlockMask, DType, Geometry, HeadId, Layout, MaskTable, Model, Plan, Schedule,
+    AnchorTable, Arch, AttnOp, BlockMask, DType, Family, Geometry, HeadId, Layout, MaskTable, Model, Plan, Schedule,
     TextPosition, Variant, WorkItem,
 };
 
@@ -130,17 +130,21 @@ fn schedule(plan: &Plan, rng: &mut Rng) -> Schedule {
     schedule
 }
 
-/// Kernels of random bytes for every variant of `plan`, in no order.
+/// Kernels of random bytes for every variant of `plan`, of every family that compiles for the architecture, in no order.
 pub(crate) fn kernels(plan: &Plan, archs: &[&str], rng: &mut Rng) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for &variant in plan.variants.iter().rev() {
-        let source = format!("extern \"C\" __global__ void {variant}() {{}}\n");
-        for arch in archs {
+        for (arch, family) in archs.iter().flat_map(|&name| Family::ALL.map(|family| (arch(name), family))) {
+            if !family.compiles_for(arch) {
+                continue;
+            }
+            let symbol = family.symbol(&variant);
             kernels.push(Kernel {
                 variant,
-                arch: arch.parse().unwrap(),
-                symbol: variant.to_string(),
-                source: source.clone(),
+                family,
+                arch,
+                source: format!("extern \"C\" __global__ void {symbol}() {{}}\n"),
+                symbol,
                 cubin: (0..1 + rng.below(300)).map(|_| rng.next() as u8).collect(),
                 threads: 128,
                 shared_bytes: rng.below(1 << 17),
@@ -258,7 +262,8 @@ impl Parts {
             }
         });
         let head = manifest[..manifest.find("\"payloads\":").unwrap()].to_owned();
-        Self { magic: file[..8].try_into().unwrap(), version: 1, head, payloads: payloads.collect() }
+        let version = u32::from_le_bytes(file[8..12].try_into().unwrap());
+        Self { magic: file[..8].try_into().unwrap(), version, head, payloads: payloads.collect() }
     }
 
     pub(crate) fn part(&mut self, name: &str) -> &mut Part {

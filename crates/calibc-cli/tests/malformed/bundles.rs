@@ -59,10 +59,10 @@ pub(crate) const CASES: &[Case] = &[
     case("damaged manifest", BAD, &["in/bundle", "corrupt at manifest"], |f| file(f, |b| b[HEADER + 5] ^= 1)),
     case("damaged payload", BAD, &["in/bundle", "corrupt at payload"], |f| file(f, |b| *b.last_mut().unwrap() ^= 1)),
     // Another release's.
-    case("version", BAD, &["in/bundle", "format 2", "format 1"], |f| parts(f, |p| p.version = 2)),
+    case("version", BAD, &["in/bundle", "format 1", "format 2"], |f| parts(f, |p| p.version = 1)),
     case("version", BAD, &["in/bundle", "format 4294967295"], |f| parts(f, |p| p.version = u32::MAX)),
-    case("abi", BAD, &["in/bundle", "abi 7;", "abi 1;"], |f| {
-        parts(f, |p| p.edit("\"abi\":\"abi 1;", "\"abi\":\"abi 7;"))
+    case("abi", BAD, &["in/bundle", "abi 7;", "abi 2;"], |f| {
+        parts(f, |p| p.edit("\"abi\":\"abi 2;", "\"abi\":\"abi 7;"))
     }),
     // Manifests that lie.
     case("manifest", BAD, &["manifest: ", "unknown field"], |f| parts(f, |p| p.edit("\"geometry\":", "\"geometri\":"))),
