@@ -112,6 +112,14 @@ pub enum RuntimeError {
         /// Its size.
         batch: usize,
     },
+    /// A batch whose tiles one launch cannot count.
+    #[error("batch size {batch} times the {items} tiles of the layer is more than a launch can count; split the batch")]
+    Work {
+        /// Its size.
+        batch: usize,
+        /// Tiles of the layer, per batch element.
+        items: u32,
+    },
     /// A query that is not one of the call's.
     #[error("query {position} is out of range: q has {q_len} tokens")]
     Position {
@@ -265,6 +273,23 @@ pub enum RuntimeError {
         need: u64,
         /// Bytes there are.
         have: u64,
+    },
+    /// The driver cannot describe a tensor to the GPU's tensor memory accelerator.
+    #[error(
+        "cannot make a tensor map of {operand} with shape {shape:?} and strides {strides:?}: {name} ({message}); \
+         strides must be below 2^40 bytes: pass a contiguous copy"
+    )]
+    TensorMap {
+        /// `Q`, `K` or `V`.
+        operand: Operand,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Its strides in elements.
+        strides: Vec<i64>,
+        /// The driver's name of the error.
+        name: String,
+        /// The driver's sentence.
+        message: String,
     },
     /// A copy runs past the end of a device buffer.
     #[error("{len} bytes at offset {at} do not fit a device buffer of {size} bytes")]

@@ -1,6 +1,6 @@
 //! One launch: what a call asks, checked against the plan, as the parameter struct kernels take. Needs no GPU.
 
-use calibc_ir::{DType, Plan, Variant};
+use calibc_ir::{DType, Family, Plan, Variant};
 
 use crate::error::{Dim, Operand, RuntimeError};
 use crate::shape::{Lengths, Shape, extent, same};
@@ -8,6 +8,9 @@ use crate::tensor::{DeviceLse, DeviceTensor};
 
 /// Most problems of one launch: the second dimension of a CUDA grid.
 const MAX_BATCH: usize = 65_535;
+
+/// Most work items of a launch, over the batch.
+const MAX_WORK: u64 = i32::MAX as u64;
 
 /// Kernels read and write 16 bytes at a time.
 const ALIGN_BYTES: u64 = 16;
@@ -44,7 +47,7 @@ pub struct Call<'a> {
     pub softmax_scale: Option<f32>,
 }
 
-/// The parameter struct of every kernel, laid out as [`calibc_ir::abi::PARAMS`] says.
+/// The parameter struct of every kernel, laid out as [`calibc_ir::abi::PARAMS`] says. Four bytes of padding end it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[expect(missing_docs, reason = "each field is described by its name in calibc_ir::abi::PARAMS")]
@@ -77,6 +80,7 @@ pub struct Params {
     pub num_steps: u32,
     pub layer: u32,
     pub num_heads: u32,
+    pub batch: u32,
     pub q_len: u32,
     pub kv_len: u32,
     pub num_q_blocks: u32,
@@ -132,12 +136,12 @@ impl LaunchPlan {
 /// A checked launch. The addresses of the plan's tables are still 0: the engine that holds them fills them in.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LaunchArgs {
-    /// The kernel to run.
+    /// The kernel to run, of whichever family there is.
     pub variant: Variant,
     /// The kernel's argument.
     pub params: Params,
-    /// CTAs in x (work items), y (batch) and z.
-    pub grid: [u32; 3],
+    /// Work items of one batch element: those of a step known on the host, else the most of any step.
+    pub items: u32,
 }
 
 impl LaunchArgs {
@@ -169,6 +173,9 @@ impl LaunchArgs {
             if tensor.dtype != q.dtype {
                 return Err(RuntimeError::DType { operand, got: tensor.dtype, want: q.dtype });
             }
+        }
+        if u64::from(items) * batch as u64 > MAX_WORK {
+            return Err(RuntimeError::Work { batch, items });
         }
         let variant = plan.variant(q.dtype, lse.is_some())?;
         let [q_strides, k_strides, v_strides, out_strides] = [
@@ -209,6 +216,7 @@ impl LaunchArgs {
             num_steps: plan.num_steps,
             layer,
             num_heads: plan.shape.heads,
+            batch: batch as u32,
             q_len,
             kv_len,
             num_q_blocks: plan.num_q_blocks,
@@ -216,7 +224,16 @@ impl LaunchArgs {
             scale_log2: scale * std::f32::consts::LOG2_E,
             ..Params::default()
         };
-        Ok(Self { variant, params, grid: [items, batch as u32, 1] })
+        Ok(Self { variant, params, items })
+    }
+
+    /// CTAs in x, y and z of a kernel of `family` on a GPU of `multiprocessors` SMs.
+    pub fn grid(&self, family: Family, multiprocessors: u32) -> [u32; 3] {
+        match family {
+            Family::Portable => [self.items, self.params.batch, 1],
+            // No overflow: at most `MAX_WORK`.
+            Family::Hopper => [(self.items * self.params.batch).min(multiprocessors), 1, 1],
+        }
     }
 }
 
@@ -350,6 +367,7 @@ mod tests {
             num_steps,
             layer,
             num_heads,
+            batch,
             q_len,
             kv_len,
             num_q_blocks,
@@ -366,7 +384,8 @@ mod tests {
             })
             .collect();
         assert_eq!(got, want);
-        assert_eq!(size_of::<Params>(), at);
+        assert_eq!(size_of::<Params>(), abi::PARAMS_BYTES as usize);
+        assert_eq!(size_of::<Params>(), at.next_multiple_of(8));
     }
 
     const PTR: u64 = 1 << 40;
@@ -435,7 +454,7 @@ mod tests {
     fn a_right_call_becomes_a_launch() {
         let args = Setup::new(TextPosition::None).lse().run().unwrap();
         assert_eq!(args.variant.to_string(), "calibc_attn_bf16_hd64_lse_ragged");
-        assert_eq!(args.grid, [4, 2, 1]);
+        assert_eq!((args.items, args.params.batch), (4, 2));
         let p = args.params;
         assert_eq!([p.q_batch_stride, p.k_head_stride, p.out_token_stride], [300 * 128, 64, 128]);
         assert_eq!([p.lse_batch_stride, p.lse_head_stride], [600, 300]);
@@ -448,10 +467,28 @@ mod tests {
     fn the_grid_is_the_list_of_a_known_step_or_the_longest_of_an_unknown_one() {
         let mut setup = Setup::new(TextPosition::None);
         setup.step = StepArg::Host(1);
-        assert_eq!(setup.run().unwrap().grid, [2, 2, 1]);
+        assert_eq!(setup.run().unwrap().grid(Family::Portable, 132), [2, 2, 1]);
         setup.step = StepArg::Device(PTR + 4);
         let args = setup.run().unwrap();
-        assert_eq!((args.grid, args.params.step_ptr), ([4, 2, 1], PTR + 4));
+        assert_eq!((args.grid(Family::Portable, 132), args.params.step_ptr), ([4, 2, 1], PTR + 4));
+    }
+
+    #[test]
+    fn persistent_kernels_get_no_more_ctas_than_work_or_sms() {
+        let args = Setup::new(TextPosition::None).run().unwrap();
+        for (sms, want) in [(132, 8), (8, 8), (7, 7)] {
+            assert_eq!(args.grid(Family::Hopper, sms), [want, 1, 1]);
+        }
+    }
+
+    #[test]
+    fn more_tiles_than_a_launch_can_count_are_refused() {
+        let mut setup = Setup::new(TextPosition::None);
+        setup.plan.items.fill(1 << 16);
+        setup.tensors.iter_mut().for_each(|t| t.shape[0] = (1 << 15) - 1);
+        assert_eq!(setup.run().unwrap().grid(Family::Hopper, 132), [132, 1, 1]);
+        let error = setup.error(|s| s.tensors.iter_mut().for_each(|t| t.shape[0] = 1 << 15));
+        assert!(matches!(error, RuntimeError::Work { batch: 32_768, items: 65_536 }));
     }
 
     #[test]

@@ -18,9 +18,11 @@ mod launch;
 pub mod reference;
 mod shape;
 mod tensor;
+mod tensor_map;
 
 pub use calibc_bundle::{Bundle, BundleError};
 pub use cuda::Engine;
 pub use error::{Dim, Operand, RuntimeError};
 pub use launch::{Call, LaunchArgs, LaunchPlan, Params, StepArg};
 pub use tensor::{DeviceLse, DeviceTensor, HostData, HostTensor};
+pub use tensor_map::TensorMapSpec;

@@ -12,15 +12,17 @@ use crate::error::RuntimeError;
 /// Wraps a driver error with what was being done.
 pub(super) fn failed(action: &str) -> impl FnOnce(DriverError) -> RuntimeError {
     move |error| {
-        let text = |found: Result<&std::ffi::CStr, DriverError>| {
-            found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
-        };
-        RuntimeError::Driver {
-            action: action.to_owned(),
-            name: text(error.error_name()),
-            message: text(error.error_string()),
-        }
+        let (name, message) = text(error);
+        RuntimeError::Driver { action: action.to_owned(), name, message }
     }
+}
+
+/// The driver's name of an error, and its sentence.
+pub(super) fn text(error: DriverError) -> (String, String) {
+    let text = |found: Result<&std::ffi::CStr, DriverError>| {
+        found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
+    };
+    (text(error.error_name()), text(error.error_string()))
 }
 
 /// Loads and initialises the driver. Must come before any other call into it: cudarc panics where the library is missing.

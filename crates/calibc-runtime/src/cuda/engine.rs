@@ -1,10 +1,11 @@
 //! A bundle on one GPU.
 
 use calibc_bundle::{Bundle, Kernel};
-use calibc_ir::{BlockMask, Variant};
+use calibc_ir::{BlockMask, Family, Variant, abi};
 use cudarc::driver::{result, sys};
 
 use super::device::{Device, DeviceInfo, Module, failed};
+use super::encode::tensor_maps;
 use super::tables::Tables;
 use crate::error::RuntimeError;
 use crate::launch::{Call, LaunchArgs, LaunchPlan, Params, StepArg};
@@ -14,6 +15,7 @@ use crate::tensor::{DeviceLse, DeviceTensor};
 #[derive(Debug)]
 struct Loaded {
     variant: Variant,
+    family: Family,
     function: sys::CUfunction,
     threads: u32,
     shared_bytes: u32,
@@ -37,7 +39,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads the kernels that fit GPU `device` and uploads the plan's tables.
+    /// Loads the kernels that fit GPU `device`, of each variant the best one ([`Bundle::kernel_for`]), and uploads the plan's tables.
     ///
     /// The bundle's cubins are machine code that will run on the GPU with this program's rights. A digest shows that a bundle is
     /// as it was written, not who wrote it: load bundles only from where you would load a program.
@@ -52,7 +54,14 @@ impl Engine {
         let launch_plan = LaunchPlan::new(plan)?;
         let mask_row_bytes = 4 * BlockMask::words_for(plan.geometry.num_kv_blocks()) as u64;
         let kernels = (plan.variants.iter())
-            .map(|variant| load(&device, bundle.kernel_for(info.compute_capability, variant)?, mask_row_bytes))
+            .map(|variant| {
+                let kernel = bundle.kernel_for(info.compute_capability, variant)?;
+                let more = match kernel.family {
+                    Family::Portable => mask_row_bytes,
+                    Family::Hopper => 0,
+                };
+                load(&device, kernel, u64::from(kernel.shared_bytes) + more)
+            })
             .collect::<Result<Vec<_>, RuntimeError>>()?;
         let tables = Tables::upload(&device, plan, bundle.anchor_table())?;
         tracing::debug!(
@@ -62,6 +71,11 @@ impl Engine {
             "bundle loaded onto the GPU"
         );
         Ok(Self { device, info, plan: launch_plan, kernels, tables })
+    }
+
+    /// The family of the kernel that serves `variant` on this GPU; `None` where the plan has no such variant.
+    pub fn family(&self, variant: &Variant) -> Option<Family> {
+        self.kernels.iter().find(|kernel| kernel.variant == *variant).map(|kernel| kernel.family)
     }
 
     /// The GPU.
@@ -111,16 +125,28 @@ impl Engine {
         stream: u64,
     ) -> Result<(), RuntimeError> {
         let call = Call { step, layer, q, k, v, out, lse, softmax_scale };
-        let LaunchArgs { variant, mut params, grid } = LaunchArgs::new(&self.plan, self.device.ordinal(), &call)?;
-        self.tables.fill(&mut params);
-        let kernel = self.kernels.iter().find(|kernel| kernel.variant == variant);
-        let kernel = kernel.ok_or(RuntimeError::NoVariant { dtype: variant.dtype, lse: variant.lse })?;
+        let mut args = LaunchArgs::new(&self.plan, self.device.ordinal(), &call)?;
+        self.tables.fill(&mut args.params);
+        let Variant { dtype, lse, .. } = args.variant;
+        let kernel = self.kernels.iter().find(|kernel| kernel.variant == args.variant);
+        let kernel = kernel.ok_or(RuntimeError::NoVariant { dtype, lse })?;
+        let grid = args.grid(kernel.family, self.info.multiprocessors);
         let _current = self.device.bind()?;
         let stream = stream as usize as sys::CUstream;
-        let mut arguments = [(&raw mut params).cast()];
-        // SAFETY: the kernel takes one `Params` by value, whose layout is the one the bundle was opened for (`abi::describe`) and
-        // which the driver copies before it returns; its tables are held by `self`, its tensors were checked against the plan by
-        // `LaunchArgs::new`, and that they are what they claim is the caller's promise.
+        let mut maps = match kernel.family {
+            Family::Portable => None,
+            Family::Hopper => Some(tensor_maps(&call, &args)?),
+        };
+        let params = (&raw mut args.params).cast();
+        let mut arguments = [params; 1 + abi::TENSOR_MAPS.len()];
+        let mut count = 1;
+        for map in maps.iter_mut().flatten() {
+            arguments[count] = (&raw mut *map).cast();
+            count += 1;
+        }
+        // SAFETY: a portable kernel takes one `Params` by value, a Hopper kernel three tensor maps more, whose layouts are those the
+        // bundle was opened for (`abi::describe`) and which the driver copies before it returns; its tables are held by `self`, its
+        // tensors were checked against the plan by `LaunchArgs::new`, and that they are what they claim is the caller's promise.
         unsafe {
             result::launch_kernel(
                 kernel.function,
@@ -128,7 +154,7 @@ impl Engine {
                 (kernel.threads, 1, 1),
                 kernel.shared_bytes,
                 stream,
-                &mut arguments,
+                &mut arguments[..count],
             )
         }
         .map_err(failed("launch the attention kernel"))
@@ -144,8 +170,8 @@ impl Drop for Engine {
     }
 }
 
-/// Loads one kernel and lets it use as much shared memory as it asks for.
-fn load(device: &Device, kernel: &Kernel, mask_row_bytes: u64) -> Result<Loaded, RuntimeError> {
+/// Loads one kernel and lets it use the `need` bytes of dynamic shared memory it asks for.
+fn load(device: &Device, kernel: &Kernel, need: u64) -> Result<Loaded, RuntimeError> {
     use sys::CUdevice_attribute_enum as DeviceAttribute;
     use sys::CUfunction_attribute_enum as Attribute;
     let symbol = &kernel.symbol;
@@ -156,7 +182,6 @@ fn load(device: &Device, kernel: &Kernel, mask_row_bytes: u64) -> Result<Loaded,
     let static_bytes =
         unsafe { result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES) };
     let static_bytes = static_bytes.map_err(failed(&format!("read the attributes of {symbol}")))? as u64;
-    let need = u64::from(kernel.shared_bytes) + mask_row_bytes;
     let optin = device.attribute(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
     let have = u64::from(optin);
     if need + static_bytes > have {
@@ -168,6 +193,7 @@ fn load(device: &Device, kernel: &Kernel, mask_row_bytes: u64) -> Result<Loaded,
         .map_err(failed(&format!("give {symbol} {need} bytes of shared memory")))?;
     Ok(Loaded {
         variant: kernel.variant,
+        family: kernel.family,
         function,
         threads: kernel.threads,
         shared_bytes: need as u32,
@@ -179,5 +205,5 @@ const _: () = {
     const fn shared_between_threads<T: Send + Sync>() {}
     shared_between_threads::<Engine>();
     // Kernel parameters are limited to 4 KiB.
-    assert!(size_of::<Params>() <= 4096);
+    assert!(size_of::<Params>() + 3 * size_of::<sys::CUtensorMap>() + 64 <= 4096);
 };

@@ -5,6 +5,7 @@
 //! pointers and streams pass freely between the two. No function changes the calling thread's current context.
 
 mod device;
+mod encode;
 mod engine;
 mod tables;
 
