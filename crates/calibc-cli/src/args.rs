@@ -113,6 +113,9 @@ pub(crate) struct CompileArgs {
     /// Make machine code for this GPU architecture; repeat for several. Default: the spec's, else sm_80 and sm_90a.
     #[arg(long = "arch", value_name = "ARCH", value_delimiter = ',')]
     pub(crate) archs: Vec<Arch>,
+    /// Make portable kernels only, also for architectures that have faster ones of their own.
+    #[arg(long)]
+    pub(crate) portable: bool,
     /// Write the plan as text after this pass (select, protect, ...); `all` for every pass; repeat for several.
     #[arg(long, value_name = "PASS", value_delimiter = ',')]
     pub(crate) dump_after: Vec<String>,

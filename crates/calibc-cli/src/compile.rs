@@ -108,6 +108,7 @@ pub(crate) fn compile(console: &Console, args: &CompileArgs) -> Result<Exit, Fai
         traces: args.traces.clone(),
         spec: args.spec.clone(),
         archs: args.archs.clone(),
+        portable: args.portable,
         nvrtc: args.toolchain.nvrtc.clone(),
         cache: cache_choice(&args.toolchain),
         emit: args.emit.into(),
@@ -139,7 +140,7 @@ fn write(console: &Console, args: &CompileArgs, output: &Output) -> Result<Vec<P
         (Some(path), Emit::Plan) => vec![(path.clone(), output.plan().to_string().into_bytes())],
         (Some(folder), Emit::Cuda) => {
             let sources = output.sources.iter();
-            sources.map(|(_, s)| (folder.join(format!("{}.cu", s.symbol)), s.text.clone().into_bytes())).collect()
+            sources.map(|s| (folder.join(format!("{}.cu", s.symbol)), s.text.clone().into_bytes())).collect()
         }
         (Some(folder), Emit::Cubin) => {
             let kernels = output.kernels.iter().map(|built| &built.kernel);
@@ -183,7 +184,7 @@ fn summary(args: &CompileArgs, output: &Output, written: &[PathBuf], total: Dura
             "kernels   {} ({} from the cache): {} for {}\n",
             output.kernels.len(),
             cached,
-            count(output.sources.len() as u64, "variant"),
+            count(plan.variants.len() as u64, "variant"),
             archs.join(", ")
         );
     }

@@ -146,6 +146,7 @@ pub(crate) fn kernel_json(kernel: &Kernel) -> Value {
     let r = kernel.resources;
     json!({
         "symbol": kernel.symbol,
+        "family": kernel.family.to_string(),
         "arch": kernel.arch.to_string(),
         "dtype": kernel.variant.dtype.to_string(),
         "head_dim": kernel.variant.head_dim,

@@ -24,8 +24,8 @@ pub(crate) struct Comparison {
     pub(crate) layer: LayerId,
     /// Heads compared.
     pub(crate) heads: Vec<u32>,
-    /// The kernel; `None` is the CPU reference in f32.
-    pub(crate) kernel: Option<Variant>,
+    /// The kernel's symbol; `None` is the CPU reference in f32.
+    pub(crate) kernel: Option<String>,
     /// Query rows compared.
     pub(crate) rows: usize,
     /// Relative Frobenius error of the rows compared.
@@ -127,8 +127,8 @@ pub(crate) fn compare(
     } else {
         (whole, (step, layer), (0..whole.model.heads).collect())
     };
-    let kernel = engine.map(|(_, variant)| variant);
-    let dtype = kernel.map(|variant| variant.dtype);
+    let kernel = engine.and_then(|(engine, variant)| Some(engine.family(&variant)?.symbol(&variant)));
+    let dtype = engine.map(|(_, variant)| variant.dtype);
     let (n, d) = (plan.model.heads as usize, plan.model.head_dim as usize);
     // Text after the video may be shorter than planned: then a random part of it is left out.
     let missing = match plan.geometry.text_position {

@@ -37,7 +37,7 @@ pub(crate) fn verify(console: &Console, args: &VerifyArgs) -> Result<Exit, Failu
             .iter()
             .map(|c| {
                 json!({
-                    "step": c.step.0, "layer": c.layer.0, "heads": c.heads, "rows": c.rows, "kernel": c.kernel.map(|k| k.to_string()),
+                    "step": c.step.0, "layer": c.layer.0, "heads": c.heads, "rows": c.rows, "kernel": c.kernel,
                     "error": c.error, "tolerance": c.tolerance, "lse_error": c.lse_error, "ok": c.passes(),
                 })
             })
@@ -69,7 +69,7 @@ pub(crate) fn verify(console: &Console, args: &VerifyArgs) -> Result<Exit, Failu
             if c.passes() { "ok    " } else { "DIFFER" },
             c.step,
             c.layer,
-            c.kernel.map_or("the reference".to_owned(), |kernel| kernel.to_string()),
+            c.kernel.as_deref().unwrap_or("the reference"),
             c.rows,
             c.error,
             c.tolerance,

@@ -1,11 +1,12 @@
-//! From variants to machine code: generate each variant's source, compile it for every architecture, keep the order.
+//! From variants to machine code: generate each variant's source in the families that the architectures want, compile each for the
+//! architectures it serves, keep the order.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use calibc_bundle::{Kernel, Resources};
 use calibc_codegen::KernelSource;
-use calibc_ir::{Arch, Variant};
+use calibc_ir::{Arch, Family, Variant};
 use calibc_nvrtc::{Cache, Nvrtc, Request};
 use rayon::prelude::*;
 
@@ -15,12 +16,32 @@ use crate::observe::{Event, Observer, Stage};
 /// The version that goes into bundles and cache keys.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The sources of `variants`, in their order.
+/// An architecture, and the family of kernels made for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelTarget {
+    /// The architecture.
+    pub arch: Arch,
+    /// The family; it compiles for the architecture.
+    pub family: Family,
+}
+
+impl KernelTarget {
+    /// The best family for each of `archs`, or the portable one for all.
+    pub fn of(archs: &[Arch], portable: bool) -> Vec<Self> {
+        let family = |arch| if portable { Family::Portable } else { Family::of(arch) };
+        archs.iter().map(|&arch| Self { arch, family: family(arch) }).collect()
+    }
+}
+
+/// The sources of `variants` in the families of `targets`: by variant in their order, then by family.
 ///
 /// # Errors
 /// [`DriverError::Codegen`].
-pub fn sources(variants: &[Variant]) -> Result<Vec<(Variant, KernelSource)>, DriverError> {
-    variants.iter().map(|variant| Ok((*variant, calibc_codegen::generate(variant)?))).collect()
+pub fn sources(variants: &[Variant], targets: &[KernelTarget]) -> Result<Vec<KernelSource>, DriverError> {
+    let families: Vec<Family> =
+        Family::ALL.into_iter().filter(|&family| targets.iter().any(|target| target.family == family)).collect();
+    let pairs = variants.iter().flat_map(|variant| families.iter().map(move |&family| (variant, family)));
+    pairs.map(|(variant, family)| Ok(calibc_codegen::generate(variant, family)?)).collect()
 }
 
 /// One compiled kernel, and what it took.
@@ -36,26 +57,29 @@ pub struct Built {
     pub time: Duration,
 }
 
-/// Compiles every source for every architecture, in parallel; the result is ordered by source, then architecture.
+/// Compiles every source for the targets of its family, in parallel; the result is ordered by variant, family and architecture.
 ///
 /// # Errors
 /// The first [`DriverError::Nvrtc`] in that order, or [`DriverError::Cancelled`].
 pub fn build(
-    sources: &[(Variant, KernelSource)],
-    archs: &[Arch],
+    sources: &[KernelSource],
+    targets: &[KernelTarget],
     nvrtc: &Nvrtc,
     cache: Option<&Cache>,
     observer: &dyn Observer,
 ) -> Result<Vec<Built>, DriverError> {
-    let mut jobs: Vec<_> =
-        sources.iter().flat_map(|(variant, source)| archs.iter().map(move |arch| (*variant, source, *arch))).collect();
-    jobs.sort_by_key(|&(variant, _, arch)| (variant, arch));
-    jobs.dedup_by_key(|&mut (variant, _, arch)| (variant, arch));
+    let served = |source: &KernelSource, target: &KernelTarget| source.family == target.family;
+    let mut jobs: Vec<(&KernelSource, Arch)> = sources
+        .iter()
+        .flat_map(|source| targets.iter().filter(move |target| served(source, target)).map(move |t| (source, t.arch)))
+        .collect();
+    jobs.sort_by_key(|&(source, arch)| (source.variant, source.family, arch));
+    jobs.dedup_by_key(|&mut (source, arch)| (source.variant, source.family, arch));
     let (total, done) = (jobs.len() as u64, AtomicU64::new(0));
     observer.event(&Event::Progress { stage: Stage::Kernels, done: 0, total });
     let built: Vec<Result<Built, DriverError>> = jobs
         .par_iter()
-        .map(|&(variant, source, arch)| {
+        .map(|&(source, arch)| {
             if observer.cancelled() {
                 return Err(DriverError::Cancelled);
             }
@@ -78,7 +102,8 @@ pub fn build(
                 spill_loads: compiled.resources.spill_loads,
             };
             let kernel = Kernel {
-                variant,
+                variant: source.variant,
+                family: source.family,
                 arch,
                 symbol: source.symbol.clone(),
                 source: source.text.clone(),

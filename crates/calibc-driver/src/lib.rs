@@ -24,7 +24,7 @@ mod session;
 pub mod spec;
 
 pub use error::{DriverError, Family};
-pub use kernels::VERSION;
+pub use kernels::{KernelTarget, VERSION};
 pub use observe::{Event, Observer, Silent, Stage};
 pub use session::{CacheChoice, Emit, Options, Output, Packed, TraceCount, compile};
 

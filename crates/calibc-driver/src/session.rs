@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use calibc_bundle::{Bundle, Contents};
 use calibc_codegen::KernelSource;
-use calibc_ir::{Arch, Plan, Site, Variant};
+use calibc_ir::{Arch, Plan, Site};
 use calibc_nvrtc::{Cache, Nvrtc};
 use calibc_opt::{
     CalibAtt, Calibration, Explicit, Hooks, NoCalibration, OptError, PASSES, Policy, Repetition, Report, ShareLimits,
@@ -17,12 +17,12 @@ use calibc_trace::{MANIFEST, Manifest, Trace, TraceError};
 
 use crate::error::DriverError;
 use crate::evidence::TraceEvidence;
-use crate::kernels::{Built, VERSION, build, sources};
+use crate::kernels::{Built, KernelTarget, VERSION, build, sources};
 use crate::masks::{HeadChoice, MaskFile, MaskFileError};
 use crate::observe::{Event, Observer, Stage};
 use crate::report::report_json;
 use crate::resolve::{Job, TraceFacts, resolve};
-use crate::spec::{MissingSpec, PolicySpec, RepetitionSpec, Spec};
+use crate::spec::{FamilySpec, MissingSpec, PolicySpec, RepetitionSpec, Spec};
 
 /// Where compiled kernels are kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,6 +73,8 @@ pub struct Options {
     pub spec: Option<PathBuf>,
     /// Architectures, instead of the spec's.
     pub archs: Vec<Arch>,
+    /// Only kernels of the portable family, whatever the spec says.
+    pub portable: bool,
     /// The libnvrtc to use.
     pub nvrtc: Option<PathBuf>,
     /// Where compiled kernels are kept.
@@ -94,8 +96,8 @@ pub struct Output {
     pub traces: Option<TraceCount>,
     /// What the plan costs; from [`Emit::Bundle`] on.
     pub report: Option<Report>,
-    /// Sources of the plan's variants; from [`Emit::Cuda`] on.
-    pub sources: Vec<(Variant, KernelSource)>,
+    /// Sources of the plan's variants, in each family that an architecture wants; from [`Emit::Cuda`] on.
+    pub sources: Vec<KernelSource>,
     /// Kernels; from [`Emit::Cubin`] on.
     pub kernels: Vec<Built>,
     /// The bundle; from [`Emit::Bundle`] on.
@@ -171,10 +173,13 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
         }
     }
     // What is wrong with the request is said first, then what this machine lacks: both before an hour of reading.
-    let spec = match &options.spec {
+    let mut spec = match &options.spec {
         Some(path) => Spec::read(path)?,
         None => Spec::default(),
     };
+    if options.portable {
+        spec.target.family = FamilySpec::Portable;
+    }
     let manifest = options.traces.as_deref().map(Manifest::read).transpose()?;
     let facts = manifest.as_ref().map(|manifest| TraceFacts {
         model: &manifest.model,
@@ -208,10 +213,11 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
         holdout_prompts: trace.num_prompts(calibc_trace::Split::Holdout),
         covered_steps: trace.covered_steps().len(),
     });
-    let sources = if options.emit >= Emit::Cuda { sources(&plan.variants)? } else { Vec::new() };
+    let targets = KernelTarget::of(&job.archs, job.spec.target.family == FamilySpec::Portable);
+    let sources = if options.emit >= Emit::Cuda { sources(&plan.variants, &targets)? } else { Vec::new() };
     let kernels = match &tools {
         Some((nvrtc, cache)) => {
-            clock.stage(Stage::Kernels, || build(&sources, &job.archs, nvrtc, cache.as_ref(), observer))?
+            clock.stage(Stage::Kernels, || build(&sources, &targets, nvrtc, cache.as_ref(), observer))?
         }
         None => Vec::new(),
     };

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+use calibc_driver::spec::FamilySpec;
 use calibc_driver::{DriverError, Emit, Event, Family, Observer, Options, Silent, Stage, compile};
 use calibc_trace::planted::Planted;
 
@@ -51,9 +52,26 @@ fn stages_are_told_in_order() {
     assert!(heard.contains(&"at select".to_owned()) && heard.contains(&"dump 3 share true".to_owned()), "{heard:?}");
     let stages: Vec<_> = output.times.iter().map(|(stage, _)| *stage).collect();
     assert_eq!((stages[0], stages[1], stages.len()), (Stage::Open, Stage::Pass("select"), 7));
-    assert_eq!((output.sources.len(), output.kernels.len()), (4, 0));
+    // Four variants, for sm_80 and for sm_90a.
+    assert_eq!((output.sources.len(), output.kernels.len()), (8, 0));
     assert!(output.packed.is_none() && output.plan().schedule.is_some());
     assert_eq!(output.traces.unwrap().holdout_prompts, 1);
+}
+
+#[test]
+fn each_architecture_gets_the_kernels_of_its_family() {
+    let (_dir, options) = traces();
+    let symbols = |portable: bool, archs: &[&str]| {
+        let archs = archs.iter().map(|arch| arch.parse().unwrap()).collect();
+        let output = compile(&Options { portable, archs, ..options.clone() }, &Diary::default()).unwrap();
+        let family = output.job.spec.target.family;
+        let hopper = output.sources.iter().filter(|source| source.symbol.ends_with("_hopper")).count();
+        (output.sources.len(), hopper, family == FamilySpec::Portable)
+    };
+    assert_eq!(symbols(false, &["sm_80", "sm_90", "sm_120"]), (4, 0, false));
+    assert_eq!(symbols(false, &["sm_90a"]), (4, 4, false));
+    assert_eq!(symbols(false, &["sm_80", "sm_90a"]), (8, 4, false));
+    assert_eq!(symbols(true, &["sm_80", "sm_90a"]), (4, 0, true), "the effective spec says so");
 }
 
 #[test]

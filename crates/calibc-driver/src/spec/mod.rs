@@ -478,6 +478,8 @@ pub struct TargetSpec {
     #[serde(deserialize_with = "non_empty")]
     #[schemars(length(min = 1))]
     pub archs: Vec<ArchSpec>,
+    /// Which kernels are made for them. `--portable` on the command line overrides it.
+    pub family: FamilySpec,
     /// L2 cache that K and V of the heads at work may fill, in bytes.
     #[serde(deserialize_with = "positive_u64")]
     #[schemars(range(min = 1))]
@@ -495,10 +497,22 @@ impl Default for TargetSpec {
             dtypes: vec![DTypeSpec::Bf16, DTypeSpec::Fp16],
             lse: true,
             archs: ir::Arch::DEFAULT.map(ArchSpec).to_vec(),
+            family: FamilySpec::Auto,
             l2_bytes: machine.l2_bytes,
             running_tiles: machine.running_tiles,
         }
     }
+}
+
+/// Which family of kernels serves an architecture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FamilySpec {
+    /// The fastest there is for it.
+    #[default]
+    Auto,
+    /// The one that every architecture runs.
+    Portable,
 }
 
 /// Element type of q, k, v and out.
