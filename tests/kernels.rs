@@ -1,10 +1,10 @@
-//! Generated CUDA as reviewers see it, and as the compiler sees it: every snapshot compiles for every architecture, without
-//! warnings and without spills.
+//! Generated CUDA as reviewers see it, and as the compiler sees it: every snapshot compiles for every architecture of its family,
+//! without warnings and without spills.
 
 use std::path::Path;
 
 use calibc_codegen::generate;
-use calibc_ir::{Arch, DType, HEAD_DIMS, Variant};
+use calibc_ir::{Arch, DType, Family, HEAD_DIMS, Variant};
 use calibc_nvrtc::Request;
 use rayon::prelude::*;
 
@@ -26,6 +26,19 @@ fn cases() -> Vec<Variant> {
     ]
 }
 
+/// Both head dimensions and element types, with as little as a kernel can do and with everything.
+fn hopper_cases() -> Vec<Variant> {
+    let base = Variant { dtype: DType::Bf16, head_dim: 128, lse: false, anchors: false, ragged: false };
+    let all = Variant { lse: true, anchors: true, ragged: true, ..base };
+    vec![
+        base,
+        Variant { lse: true, ragged: true, ..base },
+        all,
+        Variant { head_dim: 64, ragged: true, ..base },
+        Variant { dtype: DType::Fp16, head_dim: 64, ..all },
+    ]
+}
+
 fn every_variant() -> Vec<Variant> {
     let mut variants = Vec::new();
     for dtype in DType::ALL {
@@ -43,7 +56,11 @@ fn every_variant() -> Vec<Variant> {
 fn cuda_snapshots() {
     insta::with_settings!({ snapshot_path => "snapshots", prepend_module_to_snapshot => false, omit_expression => true }, {
         for variant in cases() {
-            insta::assert_snapshot!(variant.to_string(), generate(&variant).unwrap().text);
+            insta::assert_snapshot!(variant.to_string(), generate(&variant, Family::Portable).unwrap().text);
+        }
+        for variant in hopper_cases() {
+            let kernel = generate(&variant, Family::Hopper).unwrap();
+            insta::assert_snapshot!(kernel.symbol, kernel.text);
         }
     });
 }
@@ -70,7 +87,7 @@ fn complaints(work: &[(String, String, String)]) -> Vec<String> {
 #[test]
 fn every_snapshot_compiles_for_every_architecture() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("snapshots");
-    let mut work = Vec::new();
+    let (mut work, mut found) = (Vec::new(), [0; 2]);
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
@@ -80,10 +97,14 @@ fn every_snapshot_compiles_for_every_architecture() {
         // A snapshot file is a header between two `---` lines, then the text.
         let file = std::fs::read_to_string(&path).unwrap();
         let source = file.splitn(3, "---\n").nth(2).expect("an insta snapshot").to_owned();
-        work.extend(ARCHS.map(|arch| (name.clone(), source.clone(), arch.to_owned())));
+        let family = if name.ends_with("_hopper") { Family::Hopper } else { Family::Portable };
+        found[family as usize] += 1;
+        let archs =
+            ARCHS.iter().filter(|arch| family.compiles_for(arch.parse().expect("the list holds architectures")));
+        work.extend(archs.map(|&arch| (name.clone(), source.clone(), arch.to_owned())));
     }
     work.sort();
-    assert!(work.len() >= 8 * ARCHS.len(), "at least 8 snapshots, found {}", work.len() / ARCHS.len());
+    assert!(found[0] >= 8 && found[1] >= 4, "at least 8 portable and 4 Hopper snapshots, found {found:?}");
     assert_eq!(complaints(&work), Vec::<String>::new());
 }
 
@@ -91,8 +112,13 @@ fn every_snapshot_compiles_for_every_architecture() {
 fn every_variant_compiles_for_the_default_architectures() {
     let mut work = Vec::new();
     for variant in every_variant() {
-        let kernel = generate(&variant).unwrap();
-        work.extend(Arch::DEFAULT.map(|arch| (kernel.symbol.clone(), kernel.text.clone(), arch.to_string())));
+        for arch in Arch::DEFAULT {
+            // The portable kernel too where it is only the correctness twin.
+            for family in Family::ALL.into_iter().filter(|family| family.compiles_for(arch)) {
+                let kernel = generate(&variant, family).unwrap();
+                work.push((kernel.symbol, kernel.text, arch.to_string()));
+            }
+        }
     }
     assert_eq!(complaints(&work), Vec::<String>::new());
 }

@@ -8,12 +8,17 @@ use std::path::PathBuf;
 
 use calibc_bundle::{Kernel, Resources};
 use calibc_codegen::KernelSource;
-use calibc_ir::{Arch, Variant};
+use calibc_ir::{Arch, Family, Variant};
 use calibc_nvrtc::{Cache, Nvrtc, Request};
 use rayon::prelude::*;
 
-/// Kernels of `variants` for `arch`.
-pub(crate) fn kernels(variants: &[Variant], arch: Arch) -> anyhow::Result<BTreeMap<Variant, Kernel>> {
+/// The families whose kernels run on `arch`, the portable one first.
+pub(crate) fn families(arch: Arch) -> Vec<Family> {
+    Family::ALL.into_iter().filter(|family| family.compiles_for(arch)).collect()
+}
+
+/// Kernels of `variants` for `arch`, of every family that it runs.
+pub(crate) fn kernels(variants: &[Variant], arch: Arch) -> anyhow::Result<BTreeMap<(Family, Variant), Kernel>> {
     let folder = std::env::var_os("CALIBC_TEST_KERNELS").map(PathBuf::from);
     let path = |source: &KernelSource| {
         let digest = blake3::hash(source.text.as_bytes()).to_hex();
@@ -21,18 +26,20 @@ pub(crate) fn kernels(variants: &[Variant], arch: Arch) -> anyhow::Result<BTreeM
     };
     let mut ready = Vec::new();
     let mut missing = Vec::new();
-    for &variant in variants {
-        let source = calibc_codegen::generate(&variant)?;
-        match path(&source).and_then(|path| std::fs::read(path).ok()) {
-            Some(cubin) => ready.push(kernel(variant, arch, source, cubin)),
-            None => missing.push((variant, source)),
+    for family in families(arch) {
+        for variant in variants {
+            let source = calibc_codegen::generate(variant, family)?;
+            match path(&source).and_then(|path| std::fs::read(path).ok()) {
+                Some(cubin) => ready.push(kernel(arch, source, cubin)),
+                None => missing.push(source),
+            }
         }
     }
     if !missing.is_empty() {
         let nvrtc = find_nvrtc()?;
         let cache = Cache::open(None)?;
         let compiled: Vec<anyhow::Result<Kernel>> = (missing.into_par_iter())
-            .map(|(variant, source)| {
+            .map(|source| {
                 let arch_name = arch.to_string();
                 let request = Request { source: &source.text, symbol: &source.symbol, arch: &arch_name };
                 let (compiled, _) = cache.compile(&nvrtc, &request, env!("CARGO_PKG_VERSION"))?;
@@ -40,17 +47,18 @@ pub(crate) fn kernels(variants: &[Variant], arch: Arch) -> anyhow::Result<BTreeM
                     std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
                     std::fs::write(path, &compiled.cubin)?;
                 }
-                Ok(kernel(variant, arch, source, compiled.cubin))
+                Ok(kernel(arch, source, compiled.cubin))
             })
             .collect();
         ready.extend(compiled.into_iter().collect::<anyhow::Result<Vec<_>>>()?);
     }
-    Ok(ready.into_iter().map(|kernel| (kernel.variant, kernel)).collect())
+    Ok(ready.into_iter().map(|kernel| ((kernel.family, kernel.variant), kernel)).collect())
 }
 
-fn kernel(variant: Variant, arch: Arch, source: KernelSource, cubin: Vec<u8>) -> Kernel {
+pub(crate) fn kernel(arch: Arch, source: KernelSource, cubin: Vec<u8>) -> Kernel {
     Kernel {
-        variant,
+        variant: source.variant,
+        family: source.family,
         arch,
         symbol: source.symbol,
         source: source.text,

@@ -3,7 +3,8 @@
 //!
 //! Without a GPU the CUDA tests report a skip with its reason; `CALIBC_REQUIRE_GPU=1` makes that a failure. The test executable can
 //! be carried to another machine: it generates all inputs, and needs an NVRTC there or kernels as `kernels` describes.
-//! `CALIBC_TEST_PROBLEM=17` runs one problem.
+//! Every family of kernels that the GPU runs meets every problem. `CALIBC_TEST_PROBLEM=17` runs one problem,
+//! `CALIBC_TEST_FAMILY=hopper` one family.
 
 mod device;
 mod graph;
@@ -14,7 +15,8 @@ use std::collections::BTreeSet;
 use std::io::Write;
 
 use anyhow::{Context, ensure};
-use calibc_ir::{Arch, DType, Plan, Site, Variant};
+use calibc_bundle::Kernel;
+use calibc_ir::{Arch, DType, Family, Plan, Site, Variant};
 use calibc_nvrtc::testing::SKIP_PREFIX;
 use calibc_runtime::cuda::Device;
 use calibc_runtime::reference::{self, Options, Output, masked};
@@ -53,6 +55,12 @@ fn gpu() -> Option<Device> {
             None
         }
     }
+}
+
+/// The families to test on `arch`.
+fn families(arch: Arch) -> Vec<Family> {
+    let only = std::env::var("CALIBC_TEST_FAMILY").ok().map(|name| name.parse::<Family>().expect("a family's name"));
+    kernels::families(arch).into_iter().filter(|family| only.is_none_or(|only| only == *family)).collect()
 }
 
 fn problems() -> Vec<Problem> {
@@ -124,22 +132,22 @@ fn the_reference_agrees_with_naive_attention() {
     assert!(without_keys > 0 || problems.len() < COUNT as usize, "the suite has rows that see no key");
 }
 
-/// Runs one problem twice on the GPU; output and log-sum-exp errors.
+/// Runs one problem twice on the GPU; output and log-sum-exp errors against `want`.
 fn cuda_errors(
     device: &Device,
     problem: &Problem,
     plan: &Plan,
-    kernel: &calibc_bundle::Kernel,
+    kernel: &Kernel,
+    inputs: &Inputs,
+    want: &Output,
 ) -> anyhow::Result<(f64, f64)> {
-    let inputs = problem.inputs();
-    let want = on_cpu(problem, plan, &inputs)?;
-    let loaded = Loaded::new(device, problem, plan, kernel, &inputs)?;
+    let loaded = Loaded::new(device, problem, plan, kernel, inputs)?;
     let got = loaded.run()?;
     let again = loaded.run()?;
     ensure!(got.bits == again.bits, "a second run gave other bits");
     let bits = |lse: &Option<Vec<f32>>| lse.as_ref().map(|lse| lse.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
     ensure!(bits(&got.lse) == bits(&again.lse), "a second run gave other log-sum-exps");
-    Ok(errors(&got, &want))
+    Ok(errors(&got, want))
 }
 
 fn errors(got: &Written, want: &Output) -> (f64, f64) {
@@ -158,31 +166,40 @@ fn cuda_agrees_with_the_reference() {
     print(&format!("\n{} ({arch}, driver CUDA {}.{})\n", info.name, info.driver_version.0, info.driver_version.1));
     let work: Vec<(Problem, Plan)> = problems().into_par_iter().map(|p| (p.clone(), p.plan())).collect();
     let kernels = kernels::kernels(&variants(&work), arch).unwrap();
-    let (mut failures, mut worst) = (Vec::new(), [(0.0, 0.0); 2]);
+    let families = families(arch);
+    let (mut failures, mut worst) = (Vec::new(), [[(0.0, 0.0); DType::ALL.len()]; Family::ALL.len()]);
     for (problem, plan) in &work {
-        let result = cuda_errors(&device, problem, plan, &kernels[&problem.variant(plan)]);
-        let verdict = match result {
-            Err(error) => Err(format!("{error:#}")),
-            Ok((error, lse)) => {
-                let worst = &mut worst[problem.dtype as usize];
-                *worst = (f64::max(worst.0, error), f64::max(worst.1, lse));
-                let good = error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE;
-                let text = format!("error {error:.2e} lse {lse:.2e}");
-                if good { Ok(text) } else { Err(text) }
-            }
-        };
-        match verdict {
-            Ok(text) => print(&format!("ok   {text}  {problem}\n")),
-            Err(text) => {
-                print(&format!("FAIL {text}  {problem}\n"));
-                failures.push(problem.number);
+        let inputs = problem.inputs();
+        let want = on_cpu(problem, plan, &inputs).unwrap();
+        for &family in &families {
+            let kernel = &kernels[&(family, problem.variant(plan))];
+            let verdict = match cuda_errors(&device, problem, plan, kernel, &inputs, &want) {
+                Err(error) => Err(format!("{error:#}")),
+                Ok((error, lse)) => {
+                    let worst = &mut worst[family as usize][problem.dtype as usize];
+                    *worst = (f64::max(worst.0, error), f64::max(worst.1, lse));
+                    let good = error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE;
+                    let text = format!("error {error:.2e} lse {lse:.2e}");
+                    if good { Ok(text) } else { Err(text) }
+                }
+            };
+            let family = family.to_string();
+            match verdict {
+                Ok(text) => print(&format!("ok   {family:8} {text}  {problem}\n")),
+                Err(text) => {
+                    print(&format!("FAIL {family:8} {text}  {problem}\n"));
+                    failures.push(format!("{family} #{}", problem.number));
+                }
             }
         }
     }
-    for (dtype, (error, lse)) in DType::ALL.iter().zip(worst) {
-        print(&format!("worst {dtype}: error {error:.2e} (allowed {:.0e}), lse {lse:.2e}\n", tolerance(*dtype)));
+    for family in families {
+        for (dtype, (error, lse)) in DType::ALL.iter().zip(worst[family as usize]) {
+            let allowed = tolerance(*dtype);
+            print(&format!("worst {family} {dtype}: error {error:.2e} (allowed {allowed:.0e}), lse {lse:.2e}\n"));
+        }
     }
-    assert!(failures.is_empty(), "problems {failures:?} failed");
+    assert!(failures.is_empty(), "failed: {}", failures.join(", "));
 }
 
 fn variants(work: &[(Problem, Plan)]) -> Vec<Variant> {
@@ -200,22 +217,22 @@ fn prepare() {
     }
 }
 
-/// The first problem that `wanted` accepts, loaded.
+/// The first problem that `wanted` accepts, loaded with a kernel of each family in turn.
 fn with_problem(
     device: &Device,
     wanted: impl Fn(&Problem) -> bool,
-    run: impl FnOnce(&Problem, &Plan, &Loaded<'_>) -> anyhow::Result<()>,
+    run: impl Fn(&Problem, &Plan, &Loaded<'_>) -> anyhow::Result<()>,
 ) {
     let problem = (0..COUNT).map(Problem::new).find(wanted).expect("the suite has such a problem");
     let (plan, inputs) = (problem.plan(), problem.inputs());
-    let result = (|| {
-        let arch = kernels::arch_for(device.info()?.compute_capability)?;
-        let variant = problem.variant(&plan);
-        let kernels = kernels::kernels(&[variant], arch)?;
-        let loaded = Loaded::new(device, &problem, &plan, &kernels[&variant], &inputs)?;
-        run(&problem, &plan, &loaded)
-    })();
-    result.with_context(|| problem.to_string()).unwrap();
+    let arch = kernels::arch_for(device.info().unwrap().compute_capability).unwrap();
+    let variant = problem.variant(&plan);
+    let kernels = kernels::kernels(&[variant], arch).unwrap();
+    for family in families(arch) {
+        let result = Loaded::new(device, &problem, &plan, &kernels[&(family, variant)], &inputs)
+            .and_then(|loaded| run(&problem, &plan, &loaded));
+        result.with_context(|| format!("{family} {problem}")).unwrap();
+    }
 }
 
 #[test]
@@ -291,23 +308,12 @@ fn a_bundle_for_other_gpus_is_refused() {
     let other: Arch = if major == 12 { "sm_80" } else { "sm_120" }.parse().unwrap();
     let problem = Problem::new(0);
     let plan = problem.plan();
-    let source = calibc_codegen::generate(&problem.variant(&plan)).unwrap();
+    let source = calibc_codegen::generate(&problem.variant(&plan), Family::Portable).unwrap();
     // Never loaded, so any bytes will do.
-    let kernel = calibc_bundle::Kernel {
-        variant: problem.variant(&plan),
-        arch: other,
-        symbol: source.symbol,
-        source: source.text,
-        cubin: vec![1],
-        threads: source.threads,
-        shared_bytes: source.shared_bytes,
-        resources: calibc_bundle::Resources::default(),
-        nvrtc: (13, 0),
-    };
+    let kernel = kernels::kernel(other, source, vec![1]);
     let error = Engine::new(0, &bundle(&problem, &plan, &kernel).unwrap()).unwrap_err();
     assert!(matches!(error, RuntimeError::Bundle(calibc_bundle::BundleError::NotForThisGpu { .. })), "{error}");
-    let right =
-        calibc_bundle::Kernel { arch: kernels::arch_for(device.info().unwrap().compute_capability).unwrap(), ..kernel };
+    let right = Kernel { arch: kernels::arch_for(device.info().unwrap().compute_capability).unwrap(), ..kernel };
     let error = Engine::new(0, &bundle(&problem, &plan, &right).unwrap()).unwrap_err();
     assert!(matches!(error, RuntimeError::Driver { .. }), "machine code that is none: {error}");
 }
