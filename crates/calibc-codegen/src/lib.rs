@@ -1,7 +1,7 @@
 //! Plan to variants to CUDA text: a pure function of the [`Variant`] and the [`Family`], with no GPU and no CUDA toolkit.
 //!
 //! ```text
-//! Variant, Family --decide--> context (flat) + list of parts --spell--> templates/<family>/*.cu.tera --> one CUDA file, no #include
+//! Variant, Family --decide--> context (flat) + list of parts --spell--> templates/{common,<family>}/*.cu.tera --> one CUDA file, no #include
 //! ```
 //!
 //! Rust decides, templates spell: a template substitutes and loops over its context, and never branches. What differs between
@@ -73,12 +73,12 @@ impl KernelSource {
 #[derive(Serialize)]
 struct Common {
     symbol: String,
+    family: String,
     dtype: String,
     ptx_type: &'static str,
     heads: &'static str,
     ragged: bool,
     lse: bool,
-    anchors: bool,
     head_dim: u32,
     row_bytes: u32,
     block: u32,
@@ -114,6 +114,7 @@ impl Common {
         });
         Self {
             symbol: family.symbol(variant),
+            family: family.to_string(),
             dtype: variant.dtype.to_string(),
             ptx_type: match variant.dtype {
                 DType::Bf16 => "bf16",
@@ -122,7 +123,6 @@ impl Common {
             heads: if variant.anchors { "dense, block-sparse and anchor-row" } else { "dense and block-sparse" },
             ragged: variant.ragged,
             lse: variant.lse,
-            anchors: variant.anchors,
             head_dim: variant.head_dim,
             row_bytes: variant.head_dim * 2,
             block: BLOCK,

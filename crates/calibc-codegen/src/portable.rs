@@ -3,12 +3,13 @@
 //! `mma.sync` m16n8k16 with fp32 accumulators, `cp.async`, `ldmatrix`: everything sm_80 has, and every later GPU runs. One CTA
 //! computes one work item: 128 query rows of one head of one batch element against the kept blocks of their mask row.
 //!
-//! * Numbers: at head_dim 128 a pass over 64 keys does 128 * 64 * 128 * 4 = 4.2 MFLOP for 32 KB of K and V, so L2 has to
+//! * Numbers: at head_dim 128 a pass over 32 keys does 128 * 32 * 128 * 4 = 2.1 MFLOP for 16 KB of K and V, so L2 has to
 //!   deliver 1 byte per 128 FLOP; matrix instructions bound it, then shared-memory reads by `ldmatrix`.
-//! * Considered: 8 warps of 16 rows (64 KB of `ldmatrix` traffic more per pass: shared memory becomes the bound), and two-stage
-//!   K/V rings (96 KB: one CTA fewer per SM). Taken: 4 warps of 32 rows, single K and V buffers filled in turns, so that V loads
-//!   under the scores and the next K under softmax and the weighted sum; 64 KB per CTA, and a second CTA on the SM covers the rest.
-//! * Registers: outputs 128 + scores 64 of 255 at head_dim 128; nothing spills on any architecture (tests hold it there).
+//! * Considered: 8 warps of 16 rows (twice the `ldmatrix` traffic: shared memory becomes the bound), and passes of 64 keys with
+//!   single K and V buffers filled in turns (64 registers of scores beside 128 of outputs: some architectures spill). Taken: 4 warps
+//!   of 32 rows and a ring of two stages of 32 keys (64 at head_dim 64), with one barrier a pass: the next stage arrives while one
+//!   is computed on. 64 KB per CTA at head_dim 128, so that two share an SM where there are 164 KB or more.
+//! * Registers: outputs 128 + scores 32 of 255 at head_dim 128; nothing spills on any architecture (tests hold it there).
 //! * A mask row is read once into shared memory as bits; every thread walks it, so control flow is uniform.
 
 use calibc_ir::{BLOCK, Family, Variant};
@@ -21,7 +22,6 @@ use crate::{CodegenError, Common, KernelSource, Part, part, spell};
 struct KernelCx {
     #[serde(flatten)]
     common: Common,
-    block_m: u32,
     block_n: u32,
     warps: u32,
     threads: u32,
@@ -33,9 +33,10 @@ struct KernelCx {
 const ROWS_PER_WARP: u32 = 32;
 
 /// The parts of a variant's source, in order.
-fn parts(variant: &Variant) -> [Part; 7] {
-    let rows = if variant.anchors { part!("portable", "rows_anchors") } else { part!("portable", "rows_direct") };
+fn parts(variant: &Variant) -> [Part; 8] {
+    let rows = if variant.anchors { part!("common", "rows_anchors") } else { part!("common", "rows_direct") };
     [
+        part!("common", "contract"),
         part!("portable", "prelude"),
         part!("portable", "ptx"),
         rows,
@@ -57,7 +58,6 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
     let symbol = common.symbol.clone();
     let cx = KernelCx {
         common,
-        block_m,
         block_n: keys_per_pass,
         warps,
         threads,
