@@ -3,8 +3,9 @@
 //! The heads of a layer are cut into groups whose keys and values fit in L2 together; groups run one after another, costliest
 //! heads first. Inside a group, tiles run longest first, so that the short ones fill the tail; tiles of about the same
 //! length (within [`LENGTHS`]-ths of a whole row) run head by head along a space-filling curve of the latent grid, so that
-//! neighbours on the machine read the same keys. Where all heads fit, that is longest-first over the whole layer; where not
-//! even one does, it is head by head, longest-first inside.
+//! neighbours on the machine read the same keys. Where all heads fit, that is longest-first over the whole layer. Where not even
+//! one does, tiles run head by head along the curve whatever their length: reading keys together then saves more than a short
+//! tail (measured at 75,600 tokens and density 0.5: 4 % over longest-first, at 119,056 and 0.125: 4 %).
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -65,6 +66,8 @@ struct Order<'a> {
     plan: &'a Plan,
     /// Heads of a group.
     group: usize,
+    /// Whether tiles run longest first.
+    by_length: bool,
     /// Place of each query block on the curve.
     curve: Vec<u32>,
     /// Tiles of an anchor head.
@@ -81,7 +84,7 @@ impl<'a> Order<'a> {
         let at_work = target.running_tiles.div_ceil(g.num_q_blocks());
         let group = fit.max(at_work.into()).clamp(1, model.heads.into()) as usize;
         let anchor_tiles = plan.anchors().map_or(0, |anchors| AnchorTable::new(g, anchors).num_tiles());
-        Self { plan, group, curve: curve(g), anchor_tiles }
+        Self { plan, group, by_length: fit > 0, curve: curve(g), anchor_tiles }
     }
 
     /// Cost of each tile of a head, in key blocks.
@@ -121,7 +124,8 @@ impl<'a> Order<'a> {
                         _ => self.curve[tile as usize],
                     };
                     // 0 is the longest class: whole rows and those within a class of them.
-                    let class = u64::from(cols - cost.min(cols)) * u64::from(LENGTHS) / u64::from(cols);
+                    let short = if self.by_length { cols - cost.min(cols) } else { 0 };
+                    let class = u64::from(short) * u64::from(LENGTHS) / u64::from(cols);
                     items.push((class, rank, place, WorkItem::new(*head, tile)));
                 }
             }
@@ -262,5 +266,7 @@ mod tests {
         let head_bytes = 4 * 512 * 128;
         assert_eq!(items(2 * head_bytes), [(1, 0), (0, 3), (1, 1), (1, 2), (0, 2), (0, 1), (1, 3), (0, 0)]);
         assert_eq!(items(2 * head_bytes - 1), [(1, 0), (1, 1), (1, 2), (1, 3), (0, 3), (0, 2), (0, 1), (0, 0)]);
+        // None fits: along the grid.
+        assert_eq!(items(head_bytes - 1), [(1, 0), (1, 1), (1, 2), (1, 3), (0, 0), (0, 1), (0, 2), (0, 3)]);
     }
 }
