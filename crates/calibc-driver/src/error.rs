@@ -8,7 +8,7 @@ use calibc_trace::TraceError;
 use thiserror::Error;
 
 use crate::masks::MaskFileError;
-use crate::resolve::Difference;
+use crate::resolve::{Difference, MAX_SITES};
 use crate::spec::SpecError;
 
 /// Who must act on an error. The command line makes an exit code of it, Python an exception class.
@@ -46,6 +46,19 @@ pub enum DriverError {
     SpecIsIncomplete {
         /// The missing section.
         field: &'static str,
+    },
+    /// More sites than any plan has.
+    #[error(
+        "{steps} steps x {layers} layers x {heads} heads are more sites than a plan can hold ({MAX_SITES}); check `steps` and \
+         `model`"
+    )]
+    TooManySites {
+        /// Steps of the sampler.
+        steps: usize,
+        /// Layers.
+        layers: u32,
+        /// Heads.
+        heads: u32,
     },
     /// The policy calibrates, but there is nothing to calibrate with.
     #[error(
@@ -91,7 +104,9 @@ impl DriverError {
             Self::Spec(SpecError::Read { .. }) => Family::Io,
             Self::Spec(SpecError::Unwritable { .. }) => Family::Internal,
             Self::Spec(_) => Family::BadInput,
-            Self::SpecIsNotForTraces { .. } | Self::SpecIsIncomplete { .. } => Family::BadInput,
+            Self::SpecIsNotForTraces { .. } | Self::SpecIsIncomplete { .. } | Self::TooManySites { .. } => {
+                Family::BadInput
+            }
             Self::PolicyNeedsTraces | Self::UnknownPass { .. } => Family::Usage,
             Self::Trace(error) => of_trace(error),
             Self::Opt(OptError::Calibration { source, .. }) => source.downcast_ref().map_or(Family::BadInput, of_trace),

@@ -7,6 +7,9 @@ use calibc_ir::{Arch, Geometry, Model};
 use crate::error::DriverError;
 use crate::spec::{ArchSpec, GeometrySpec, ModelSpec, PolicySpec, RepetitionSpec, Spec};
 
+/// Most sites of a plan: thirty times those of the largest models. A slip of the pen must not take all memory.
+pub const MAX_SITES: u64 = 1 << 22;
+
 /// What the traces say of the problem.
 #[derive(Clone, Copy, Debug)]
 pub struct TraceFacts<'a> {
@@ -96,7 +99,8 @@ fn differences(spec: &Spec, traces: &TraceFacts<'_>) -> Vec<Difference> {
 /// The job that `spec` and the traces, if there are any, describe together. `archs`, unless empty, replace the spec's.
 ///
 /// # Errors
-/// [`DriverError::SpecIsNotForTraces`] where the two differ, [`DriverError::SpecIsIncomplete`] where neither says.
+/// [`DriverError::SpecIsNotForTraces`] where the two differ, [`DriverError::SpecIsIncomplete`] where neither says,
+/// [`DriverError::TooManySites`] where no memory would do.
 pub fn resolve(spec: &Spec, traces: Option<&TraceFacts<'_>>, archs: &[Arch]) -> Result<Job, DriverError> {
     if let Some(traces) = traces {
         let differences = differences(spec, traces);
@@ -126,6 +130,10 @@ pub fn resolve(spec: &Spec, traces: Option<&TraceFacts<'_>>, archs: &[Arch]) -> 
         (None, None, Some(steps)) => (0..steps).map(|i| 1.0 - f64::from(i) / f64::from(steps)).collect(),
         (None, None, None) => return Err(missing("steps")),
     };
+    // Three factors below 2^32 fit u128.
+    if sigmas.len() as u128 * u128::from(model.layers) * u128::from(model.heads) > u128::from(MAX_SITES) {
+        return Err(DriverError::TooManySites { steps: sigmas.len(), layers: model.layers, heads: model.heads });
+    }
     let mut archs: Vec<Arch> =
         if archs.is_empty() { spec.target.archs.iter().map(|a| a.0).collect() } else { archs.to_vec() };
     archs.sort();

@@ -4,6 +4,4 @@
 
 mod commands;
 mod compile;
-mod kill;
-mod recipe;
 mod support;

@@ -129,8 +129,41 @@ fn a_spec_may_come_through_a_pipe() {
         let ended = folder.run("compile trace --spec in/spec.yaml --emit plan -o out/it").expect(BAD);
         assert!(ended.stderr.contains("in/spec.yaml:1:16: unknown value `calibat`"), "{}", ended.stderr);
     });
-    // Without traces the spec must say what would have come from them: that is about the command, not the file.
-    folder.write("in/other.yaml", b"steps: 4\n");
-    let ended = folder.run("compile --spec in/other.yaml --emit plan -o out/it").expect(USAGE);
-    assert!(ended.stderr.contains("give a folder of traces"), "{}", ended.stderr);
+}
+
+#[test]
+fn specs_without_traces_are_refused() {
+    let folder = Folder::new();
+    let refuse = |text: &str, exit: i32, says: &str| {
+        folder.write("in/spec.yaml", text.as_bytes());
+        let ended = folder.run("compile --spec in/spec.yaml --emit plan -o out/it").expect(exit);
+        assert!(ended.stderr.starts_with("error: ") && ended.stderr.contains(says), "{}", ended.stderr);
+        assert!(!folder.path("out/it").exists());
+    };
+    folder.masks(|_| {});
+    let whole = crate::masks::SPEC;
+    for section in ["model", "geometry", "steps"] {
+        let text: String =
+            whole.lines().filter(|line| !line.starts_with(section)).map(|line| format!("{line}\n")).collect();
+        refuse(&text, BAD, &format!("must have `{section}`"));
+    }
+    // Sizes whose product no memory holds, or no integer.
+    for (layers, heads, steps) in [(u32::MAX, u32::MAX, 10_000), (100_000, 60_000, 10_000), (u32::MAX, 1, 1)] {
+        let model = format!("layers: {layers}, heads: {heads}");
+        let text = whole.replace("layers: 2, heads: 2", &model).replace("steps: 2", &format!("steps: {steps}"));
+        refuse(&text, BAD, &format!("{steps} steps x {layers} layers x {heads} heads are more sites"));
+    }
+    let text = whole.replace("heads: 2", "heads: 65536").replace("masks: masks", "masks: none, default: dense");
+    folder.write("in/none", &crate::folder::join(b"{}", b""));
+    refuse(&text, BAD, "65536 heads exceed 65535");
+    let text = whole
+        .replace("layers: 2", "layers: 1000")
+        .replace("frames: 2, height: 8, width: 20", "frames: 1024, height: 64, width: 64");
+    refuse(
+        &text.replace("heads: 2", "heads: 1000").replace("masks: masks", "masks: none, default: dense"),
+        BAD,
+        "work items",
+    );
+    // The rest of a spec that calibrates would come from traces: that is about the command, not the file.
+    refuse("steps: 4\n", USAGE, "give a folder of traces");
 }
