@@ -88,7 +88,10 @@ impl<'a> Loaded<'a> {
         inputs: &Inputs,
     ) -> anyhow::Result<Self> {
         let engine = Engine::new(device.ordinal(), &bundle(problem, plan, kernel)?)?;
-        let places = problem.shapes().map(|shape| Place::new(shape, problem.token_major, problem.gaps));
+        let mut places = problem.shapes().map(|shape| Place::new(shape, problem.token_major, problem.gaps));
+        if problem.one_kv_head {
+            places[1].strides[1] = 0;
+        }
         let upload = |place: &Place, data: &[u16], head_dim: usize| {
             let mut image = vec![u16::from_ne_bytes([POISON; 2]); place.elements];
             for (to, from) in place.rows() {

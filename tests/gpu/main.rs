@@ -223,7 +223,17 @@ fn with_problem(
     wanted: impl Fn(&Problem) -> bool,
     run: impl Fn(&Problem, &Plan, &Loaded<'_>) -> anyhow::Result<()>,
 ) {
-    let problem = (0..COUNT).map(Problem::new).find(wanted).expect("the suite has such a problem");
+    with_changed(device, wanted, |problem| problem, run);
+}
+
+/// As [`with_problem`], with the problem changed first.
+fn with_changed(
+    device: &Device,
+    wanted: impl Fn(&Problem) -> bool,
+    change: impl FnOnce(Problem) -> Problem,
+    run: impl Fn(&Problem, &Plan, &Loaded<'_>) -> anyhow::Result<()>,
+) {
+    let problem = change((0..COUNT).map(Problem::new).find(wanted).expect("the suite has such a problem"));
     let (plan, inputs) = (problem.plan(), problem.inputs());
     let arch = kernels::arch_for(device.info().unwrap().compute_capability).unwrap();
     let variant = problem.variant(&plan);
@@ -259,6 +269,24 @@ fn a_captured_graph_follows_the_step_in_memory() {
             Ok(())
         },
     );
+}
+
+#[test]
+fn inputs_may_repeat_memory() {
+    let Some(device) = gpu() else { return };
+    let shared = |p: Problem| Problem { one_kv_head: true, ..p };
+    for token_major in [false, true] {
+        with_changed(
+            &device,
+            |p| p.heads.len() > 2 && p.token_major == token_major && p.geometry.kv_tokens() > 256,
+            shared,
+            |problem, plan, loaded| {
+                let (error, lse) = errors(&loaded.run()?, &on_cpu(problem, plan, &problem.inputs())?);
+                ensure!(error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE, "{error:.2e} {lse:.2e}");
+                Ok(())
+            },
+        );
+    }
 }
 
 #[test]

@@ -89,6 +89,8 @@ pub(crate) struct Problem {
     pub(crate) softmax_scale: Option<f32>,
     /// How far apart scores lie.
     pub(crate) spread: f32,
+    /// All heads read the keys and values of one: their stride over heads is 0.
+    pub(crate) one_kv_head: bool,
 }
 
 impl Problem {
@@ -147,6 +149,7 @@ impl Problem {
             layer: LayerId(n.below(u64::from(LAYERS)) as u32),
             softmax_scale: n.pick(&[None, None, None, Some(0.06)]),
             spread: n.pick(&[1.0, 1.0, 4.0]),
+            one_kv_head: false,
         }
     }
 
@@ -210,7 +213,14 @@ impl Problem {
                 DType::Fp16 => values.map(|x| f16::from_f32(x).to_bits()).collect(),
             }
         };
-        let data = [values(q, self.spread), values(kv, 1.0), values(kv, 1.0)];
+        let mut data = [values(q, self.spread), values(kv, 1.0), values(kv, 1.0)];
+        if self.one_kv_head {
+            let head = kv[2] * kv[3];
+            for batch in data[1..].iter_mut().flat_map(|data| data.chunks_exact_mut(kv[1] * head)) {
+                let (first, rest) = batch.split_at_mut(head);
+                rest.chunks_exact_mut(head).for_each(|other| other.copy_from_slice(first));
+            }
+        }
         Inputs { dtype: self.dtype, shapes, data }
     }
 }

@@ -44,7 +44,7 @@ fn whole(bundle: &Bundle) -> String {
     for kernel in bundle.kernels() {
         let r = kernel.resources;
         text += &format!(
-            "  {:44} {:7} {:3} registers, {:6} B shared, {} B spilled, {:>7}, NVRTC {}.{}\n",
+            "  {:48} {:7} {:3} registers, {:6} B shared, {} B spilled, {:>7}, NVRTC {}.{}\n",
             kernel.symbol,
             kernel.arch.to_string(),
             r.registers,

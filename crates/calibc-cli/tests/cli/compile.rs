@@ -115,10 +115,33 @@ fn every_stage_can_be_had() {
         let entries = std::fs::read_dir(bench.path(name)).unwrap().map(|e| e.unwrap().path());
         entries.filter(|p| p.to_string_lossy().ends_with(ending)).count()
     };
-    assert_eq!((files("cuda", ".cu"), files("cubin", ".sm_80.cubin"), files("cubin", ".sm_120.cubin")), (4, 4, 4));
+    // The default target has architectures of both families.
+    assert_eq!((files("cuda", ".cu"), files("cuda", "_hopper.cu")), (8, 4));
+    assert_eq!((files("cubin", ".sm_80.cubin"), files("cubin", ".sm_120.cubin")), (4, 4));
     // The plan needs no NVRTC, nor do the sources.
     let mut command = bench.command(&["compile", "traces", "--emit", "cuda", "-o", "cuda2", "-q"]);
     ended(command.env("CALIBC_NVRTC", "/nowhere").output().unwrap()).expect(OK);
+}
+
+#[test]
+fn portable_kernels_can_be_had_for_every_architecture() {
+    let Some(bench) = Bench::new() else { return };
+    bench.file("spec.yaml", "target: {dtypes: [bf16], lse: false, archs: [sm_90a]}\n");
+    let kernel = |name: &str, more: &[&str]| {
+        bench.ok(&[&["compile", "traces", "-o", name, "--spec", "spec.yaml", "-q"], more].concat());
+        let json = bench.ok(&["inspect", name, "--json"]).json("bundle");
+        let kernels = json["kernels"].as_array().unwrap();
+        assert_eq!((kernels.len(), &kernels[0]["arch"]), (1, &"sm_90a".into()));
+        let [symbol, family] = ["symbol", "family"].map(|field| kernels[0][field].as_str().unwrap().to_owned());
+        assert!(bench.ok(&["inspect", name]).stdout.contains(&format!("  {symbol} ")));
+        (symbol.ends_with("_hopper"), family)
+    };
+    assert_eq!(kernel("a.bundle", &[]), (true, "hopper".to_owned()));
+    assert_eq!(kernel("b.bundle", &["--portable"]), (false, "portable".to_owned()));
+    // The effective spec says so by itself.
+    bench.file("spec.yaml", &bench.ok(&["inspect", "b.bundle", "--spec"]).stdout);
+    assert_eq!(kernel("c.bundle", &[]), (false, "portable".to_owned()));
+    assert_eq!(bench.bytes("b.bundle"), bench.bytes("c.bundle"));
 }
 
 #[test]
