@@ -5,7 +5,7 @@
 //! length (within [`LENGTHS`]-ths of a whole row) run head by head along a space-filling curve of the latent grid, so that
 //! neighbours on the machine read the same keys. Where all heads fit, that is longest-first over the whole layer. Where not even
 //! one does, tiles run head by head along the curve whatever their length: reading keys together then saves more than a short
-//! tail (measured at 75,600 tokens and density 0.5: 4 % over longest-first, at 119,056 and 0.125: 4 %).
+//! tail (measured on an H200: 2 to 4 % over longest-first at 75,600 tokens, even at 119,056).
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
