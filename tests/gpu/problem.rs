@@ -5,6 +5,7 @@ use std::fmt;
 use calibc_ir::{BLOCK, BlockMask, DType, Geometry, LayerId, Layout, Model, Plan, Site, StepId, TextPosition, Variant};
 use calibc_opt::{Explicit, Hooks, NoCalibration, Policy, SiteMask, Target, standard};
 use calibc_runtime::{HostTensor, Operand};
+use calibc_trace::random::SplitMix64;
 use half::{bf16, f16};
 
 /// Problems of the suite.
@@ -14,24 +15,21 @@ const KINDS: u64 = 6;
 const STEPS: u32 = 2;
 const LAYERS: u32 = 2;
 
-/// A stream of numbers that a seed decides (splitmix64).
+/// A stream of numbers that a seed decides.
 #[derive(Clone, Debug)]
-pub(crate) struct Numbers(u64);
+pub(crate) struct Numbers(SplitMix64);
 
 impl Numbers {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(SplitMix64::new(seed))
     }
 
     pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next()
     }
 
     pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.0.below(n)
     }
 
     pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {

@@ -7,9 +7,10 @@ use calibc_ir::{AttnOp, BLOCK, DType, HeadId, LayerId, Plan, Site, StepId, TextP
 use calibc_runtime::Operand;
 use calibc_runtime::cuda::Engine;
 use calibc_runtime::reference::{self, masked};
+use calibc_trace::random::SplitMix64;
 
 use crate::exit::Failure;
-use crate::tensors::{Random, random};
+use crate::tensors::random;
 
 /// Query positions of each head that are compared.
 const POSITIONS: usize = 48;
@@ -53,7 +54,7 @@ struct Computed {
 }
 
 /// Layers to compare: sampled, and such that each kind of op of the plan occurs where `count` allows.
-pub(crate) fn sample_layers(plan: &Plan, count: u32, random: &mut Random) -> Vec<(StepId, LayerId)> {
+pub(crate) fn sample_layers(plan: &Plan, count: u32, random: &mut SplitMix64) -> Vec<(StepId, LayerId)> {
     let kinds = |op: &AttnOp| match op {
         AttnOp::Dense => 0,
         AttnOp::BlockSparse { .. } => 1,
@@ -81,7 +82,7 @@ pub(crate) fn sample_layers(plan: &Plan, count: u32, random: &mut Random) -> Vec
 }
 
 /// Positions to compare: the ends of the sequence, of text and of blocks, and random ones.
-fn sample_positions(plan: &Plan, tokens: u32, random: &mut Random) -> Vec<u32> {
+fn sample_positions(plan: &Plan, tokens: u32, random: &mut SplitMix64) -> Vec<u32> {
     let text = plan.geometry.text_range();
     let mut positions: BTreeSet<u32> = [0, BLOCK - 1, BLOCK, tokens / BLOCK * BLOCK, tokens - 1, text.start, text.end]
         .into_iter()
@@ -110,7 +111,7 @@ pub(crate) fn compare(
     bundle: &Bundle,
     engine: Option<(&Engine, Variant)>,
     (step, layer): (StepId, LayerId),
-    numbers: &mut Random,
+    numbers: &mut SplitMix64,
 ) -> Result<Comparison, Failure> {
     let whole = bundle.plan();
     let work: f64 = whole.layer_ops(step, layer).iter().map(|&op| whole.density(op)).sum::<f64>()

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use calibc_ir::DType;
 use calibc_runtime::{HostTensor, Operand, RuntimeError};
+use calibc_trace::random::SplitMix64;
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorView};
 use safetensors::{SafeTensorError, SafeTensors};
@@ -171,40 +172,18 @@ pub(crate) fn write_out(path: &Path, out: &Tensor, lse: Option<(&[f32], [usize; 
     Ok(calibc_bundle::write(path, &file)?)
 }
 
-/// Reproducible random numbers (splitmix64).
-#[derive(Clone, Debug)]
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n`, which is at least 1.
-    pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    /// Near enough to a standard normal for test inputs: twelve uniforms.
-    fn normal(&mut self) -> f32 {
-        // Six 10-bit uniforms of each draw.
-        let sum: u64 = (0..2).map(|_| self.next()).map(|z| (0..6).map(|i| z >> (10 * i) & 1023).sum::<u64>()).sum();
-        sum as f32 / 1023.0 - 6.0
-    }
+/// Near enough to a standard normal for test inputs: twelve uniforms.
+fn normal(random: &mut SplitMix64) -> f32 {
+    // Six 10-bit uniforms of each draw.
+    let sum: u64 = (0..2).map(|_| random.next()).map(|z| (0..6).map(|i| z >> (10 * i) & 1023).sum::<u64>()).sum();
+    sum as f32 / 1023.0 - 6.0
 }
 
 /// A contiguous random tensor of logical shape `shape` in a random memory order, rounded to `dtype`, or f32 without one.
-pub(crate) fn random(random: &mut Random, shape: [usize; 4], dtype: Option<DType>) -> Tensor {
+pub(crate) fn random(random: &mut SplitMix64, shape: [usize; 4], dtype: Option<DType>) -> Tensor {
     let n = shape.iter().product();
     let tokens_major = random.below(2) == 1;
-    let values = std::iter::repeat_with(|| random.normal()).take(n);
+    let values = std::iter::repeat_with(|| normal(random)).take(n);
     let data = match dtype {
         None => Data::F32(values.collect()),
         Some(DType::Bf16) => Data::Bf16(values.map(bf16::from_f32).collect()),
@@ -237,7 +216,7 @@ mod tests {
 
     #[test]
     fn random_inputs_are_normal_and_reproducible() {
-        let draw = |seed| match random(&mut Random::new(seed), [1, 1, 100, 100], None).data {
+        let draw = |seed| match random(&mut SplitMix64::new(seed), [1, 1, 100, 100], None).data {
             Data::F32(values) => values,
             _ => unreachable!("f32 was asked for"),
         };

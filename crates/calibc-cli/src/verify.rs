@@ -7,6 +7,7 @@ use calibc_ir::{LayerId, StepId, verify};
 use calibc_runtime::Operand;
 use calibc_runtime::cuda::Engine;
 use calibc_runtime::reference;
+use calibc_trace::random::SplitMix64;
 use serde_json::{Value, json};
 
 use crate::args::{Device, RunArgs, VerifyArgs};
@@ -14,7 +15,7 @@ use crate::console::{Console, count, seconds};
 use crate::exit::{Exit, Failure, open_bundle};
 use crate::numerics::{Comparison, compare, sample_layers};
 use crate::progress::{Bars, Unit};
-use crate::tensors::{Random, Tensor, read_qkv, write_out};
+use crate::tensors::{Tensor, read_qkv, write_out};
 
 pub(crate) fn verify(console: &Console, args: &VerifyArgs) -> Result<Exit, Failure> {
     // Opening checks every byte and runs the verifier on the plan; what follows is what a bundle may lack and still be sound.
@@ -88,7 +89,7 @@ fn device(device: Device) -> &'static str {
 }
 
 fn numerics(console: &Console, args: &VerifyArgs, bundle: &Bundle) -> Result<Vec<Comparison>, Failure> {
-    let mut random = Random::new(args.seed);
+    let mut random = SplitMix64::new(args.seed);
     let layers = sample_layers(bundle.plan(), args.samples, &mut random);
     // On the GPU every variant is tried; on the CPU there is one way to compute.
     let engine = match args.device {

@@ -13,28 +13,12 @@ use std::time::{Duration, Instant};
 use calibc_bundle::{Bundle, BundleError};
 use calibc_ir::{Geometry, Model};
 use calibc_trace::planted::Planted;
+use calibc_trace::random::SplitMix64;
 
 use support::*;
 
 const OUT: &str = "out/plan.bundle";
 const KILLS: usize = 20;
-
-/// splitmix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From 0 to 1.
-    fn share(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
 
 /// Traces that take a moment, and two specs that make different bundles of them.
 struct Site {
@@ -101,7 +85,7 @@ impl Site {
     /// Kills compiles at moments spread over their whole run. Before every second one the old bundle lies at its place.
     fn kill(&self, seed: u64, cache: impl Fn(usize) -> Option<String>) {
         let (mut whole, cached) = self.time(cache(KILLS).as_deref());
-        let mut rng = Rng(seed);
+        let mut rng = SplitMix64::new(seed);
         let (mut killed, mut news, mut siblings) = (0, 0, 0);
         for i in 0..KILLS {
             let cache = cache(i);
@@ -110,8 +94,8 @@ impl Site {
                 _ => fs::remove_file(self.bench.path(OUT)).unwrap_or_default(),
             }
             // One moment from each twentieth of the run; a quarter of them near its end, where the file is written.
-            let share = (i as f64 + rng.share()) / KILLS as f64;
-            let moment = if i % 8 < 2 { 0.85 + 0.2 * rng.share() } else { share };
+            let share = (i as f64 + rng.unit()) / KILLS as f64;
+            let moment = if i % 8 < 2 { 0.85 + 0.2 * rng.unit() } else { share };
             let mut child = self.start(cache.as_deref());
             std::thread::sleep(whole.mul_f64(moment));
             child.kill().unwrap();
@@ -218,14 +202,14 @@ fn many_at_once_make_one_bundle() {
 fn the_killed_do_not_disturb_the_others() {
     let Some(site) = Site::new() else { return };
     let (whole, _) = site.time(Some("cache/first"));
-    let mut rng = Rng(0xd15);
+    let mut rng = SplitMix64::new(0xd15);
     for round in 0..4 {
         let _ = fs::remove_file(site.bench.path(OUT));
         let cache = format!("cache/{round}");
         let mut children: Vec<_> = (0..4).map(|_| site.start(Some(&cache))).collect();
         let survivors = children.split_off(2);
         for mut child in children {
-            std::thread::sleep(whole.mul_f64(0.8 * rng.share()));
+            std::thread::sleep(whole.mul_f64(0.8 * rng.unit()));
             child.kill().unwrap();
             child.wait().unwrap();
             match Bundle::open(&site.bench.path(OUT)) {

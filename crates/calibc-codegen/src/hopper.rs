@@ -16,8 +16,8 @@
 //! * Mask rows are walked from the last block down, so that only the first pass, which is peeled, can end inside a block.
 //! * Outputs go from registers to global memory, transposed within quads to 16-byte stores: no shared memory, so the next tile's
 //!   queries load meanwhile, and anchor rows are copied to wherever they go by the same code.
-//! * Two stages of K and V at head_dim 128 (160 KB); three were up to 7 % slower. Handing out work by an atomic counter was 5 to 10 % slower at head_dim 128 than each CTA's
-//!   fixed share, and 6 % faster at head_dim 64.
+//! * Two stages of K and V at head_dim 128 (160 KB); three were up to 7 % slower. Handing out work by an atomic counter
+//!   was 5 to 10 % slower at head_dim 128 than each CTA's fixed share, and 6 % faster at head_dim 64.
 
 use calibc_ir::{BLOCK, Family, Variant, abi};
 use serde::Serialize;

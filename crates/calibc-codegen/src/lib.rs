@@ -1,7 +1,7 @@
 //! Plan to variants to CUDA text: a pure function of the [`Variant`] and the [`Family`], with no GPU and no CUDA toolkit.
 //!
 //! ```text
-//! Variant, Family --decide--> context (flat) + list of parts --spell--> templates/{common,<family>}/*.cu.tera --> one CUDA file, no #include
+//! Variant, Family --decide--> context (flat) + parts of templates/{common,<family>}/ --spell--> one CUDA file, no #include
 //! ```
 //!
 //! Rust decides, templates spell: a template substitutes and loops over its context, and never branches. What differs between

@@ -21,6 +21,7 @@ mod json;
 mod manifest;
 mod mapped;
 pub mod planted;
+pub mod random;
 mod sensitivity;
 mod shard;
 pub mod summary;

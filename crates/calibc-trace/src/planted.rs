@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use crate::encoding::Encoding;
 use crate::error::TraceError;
 use crate::manifest::{Prompt, Split};
+use crate::random::{SplitMix64, unit};
 use crate::writer::{Extras, LayerTensors, TraceSpec, TraceWriter};
 
 /// What to plant.
@@ -154,7 +155,7 @@ impl Planted {
         let repetitive = unit(mix(&[self.seed, 2, layer.into(), head.into()])) < self.repetitive;
         // The noisiest step attends twice as widely as the last one.
         let wide = 2.0 - f64::from(step) / f64::from(self.num_steps.max(1));
-        let mut noise = Stream(mix(&[input, 3, head.into()]));
+        let mut noise = SplitMix64::new(mix(&[input, 3, head.into()]));
         let blocks = centres.len();
         let mut tensors = Tensors::default();
         let mut row = vec![0.0; blocks];
@@ -233,39 +234,7 @@ fn centres(geometry: &Geometry) -> Vec<Centre> {
     sums.into_iter().map(centre).collect()
 }
 
-/// SplitMix64 (Steele, Lea and Flood, 2014): a counter through a mixing function.
-struct Stream(u64);
-
-impl Stream {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn unit(&mut self) -> f64 {
-        unit(self.next())
-    }
-}
-
 /// One number for a list of numbers.
 fn mix(parts: &[u64]) -> u64 {
-    parts.iter().fold(0, |state, &part| Stream(state ^ part).next())
-}
-
-/// 53 bits as a number from 0 to 1 (excluded).
-fn unit(bits: u64) -> f64 {
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_stream_is_splitmix64() {
-        let mut stream = Stream(1234567);
-        assert_eq!([stream.next(), stream.next()], [6457827717110365317, 3203168211198807973]);
-    }
+    parts.iter().fold(0, |state, &part| SplitMix64::new(state ^ part).next())
 }
