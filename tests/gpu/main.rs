@@ -6,6 +6,8 @@
 //! Every family of kernels that the GPU runs meets every problem. `CALIBC_TEST_PROBLEM=17` runs one problem,
 //! `CALIBC_TEST_FAMILY=hopper` one family.
 
+#[path = "../../crates/calibc-runtime/tests/support/counting.rs"]
+mod counting;
 mod device;
 mod graph;
 mod kernels;
@@ -16,7 +18,7 @@ use std::io::Write;
 
 use anyhow::{Context, ensure};
 use calibc_bundle::Kernel;
-use calibc_ir::{Arch, DType, Family, Plan, Site, Variant};
+use calibc_ir::{Arch, DType, Family, Geometry, Plan, Site, TextPosition, Variant};
 use calibc_nvrtc::testing::SKIP_PREFIX;
 use calibc_runtime::cuda::Device;
 use calibc_runtime::reference::{self, Options, Output, masked};
@@ -25,7 +27,7 @@ use rayon::prelude::*;
 
 use device::{Loaded, Written, bundle};
 use graph::Graph;
-use problem::{COUNT, Inputs, Numbers, Problem};
+use problem::{COUNT, HeadKind, Inputs, Kept, Numbers, Problem};
 
 /// Largest relative Frobenius error of outputs against f32.
 fn tolerance(dtype: DType) -> f64 {
@@ -126,7 +128,10 @@ fn the_reference_agrees_with_naive_attention() {
     for problem in &problems {
         let compared = compare_reference(problem).unwrap();
         assert!(compared.error < 5e-6, "{problem}: relative error {:.2e}", compared.error);
-        assert!(compared.lse_error < 5e-5, "{problem}: log-sum-exp off by {:.2e}", compared.lse_error);
+        // Scores in the hundreds have units in the last place of 3e-5.
+        let far = problem.ramp || problem.spread >= 30.0;
+        let allowed = if far { 2e-4 } else { 5e-5 };
+        assert!(compared.lse_error < allowed, "{problem}: log-sum-exp off by {:.2e}", compared.lse_error);
         without_keys += compared.without_keys;
     }
     assert!(without_keys > 0 || problems.len() < COUNT as usize, "the suite has rows that see no key");
@@ -327,6 +332,48 @@ fn threads_share_one_engine() {
             Ok(())
         },
     );
+}
+
+#[test]
+fn a_launch_allocates_nothing() {
+    let Some(device) = gpu() else { return };
+    with_problem(
+        &device,
+        |p| p.lse && p.heads.len() > 2,
+        |_, _, loaded| {
+            loaded.submit(false)?;
+            let (submitted, asked) = counting::allocations(|| (0..100).try_for_each(|i| loaded.submit(i % 2 == 1)));
+            submitted?;
+            ensure!(asked == 0, "100 launches allocated {asked} times");
+            Ok(loaded.stream().synchronize()?)
+        },
+    );
+}
+
+/// Every length of the last block, of queries and of keys, on one geometry whose text is cut ever shorter.
+#[test]
+fn every_tail() {
+    let Some(device) = gpu() else { return };
+    for missing in 0..128 {
+        let cut = (missing, 127 - missing);
+        with_changed(
+            &device,
+            |_| true,
+            |problem| Problem { cut, batch: 1, ..every_tail_of(problem) },
+            |problem, plan, loaded| {
+                let (error, lse) = errors(&loaded.run()?, &on_cpu(problem, plan, &problem.inputs())?);
+                ensure!(error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE, "{error:.2e} {lse:.2e}");
+                Ok(())
+            },
+        );
+    }
+}
+
+/// 200 video tokens, then 184 of text: cut by up to 128, the sequence ends anywhere in its last or last but one block.
+fn every_tail_of(problem: Problem) -> Problem {
+    let geometry = Geometry { text_tokens: 184, text_position: TextPosition::After, ..Geometry::video(1, 10, 20) };
+    let heads = vec![HeadKind::Dense, HeadKind::Mask(Kept::OnePerRow), HeadKind::Mask(Kept::Percent(50))];
+    Problem { geometry, heads, lse: true, ..problem }
 }
 
 #[test]

@@ -2,14 +2,18 @@
 
 use std::fmt;
 
-use calibc_ir::{BLOCK, BlockMask, DType, Geometry, LayerId, Layout, Model, Plan, Site, StepId, TextPosition, Variant};
+use calibc_ir::{
+    BLOCK, BlockMask, DType, Geometry, HEAD_DIMS, LayerId, Layout, Model, Plan, Site, StepId, TextPosition, Variant,
+};
 use calibc_opt::{Explicit, Hooks, NoCalibration, Policy, SiteMask, Target, standard};
 use calibc_runtime::{HostTensor, Operand};
 use calibc_trace::random::SplitMix64;
 use half::{bf16, f16};
 
-/// Problems of the suite.
-pub(crate) const COUNT: u64 = 96;
+/// Problems whose every property is drawn.
+const DRAWN: u64 = 96;
+/// Problems of the suite: the drawn ones, then those of [`chosen`].
+pub(crate) const COUNT: u64 = DRAWN + CHOSEN;
 /// Kinds of geometry, in turn.
 const KINDS: u64 = 6;
 const STEPS: u32 = 2;
@@ -87,6 +91,8 @@ pub(crate) struct Problem {
     pub(crate) softmax_scale: Option<f32>,
     /// How far apart scores lie.
     pub(crate) spread: f32,
+    /// Keys grow along the sequence, so that a row's maximum moves from block to block.
+    pub(crate) ramp: bool,
     /// All heads read the keys and values of one: their stride over heads is 0.
     pub(crate) one_kv_head: bool,
 }
@@ -94,6 +100,13 @@ pub(crate) struct Problem {
 impl Problem {
     /// Problem `number`.
     pub(crate) fn new(number: u64) -> Self {
+        match number.checked_sub(DRAWN) {
+            None => Self::drawn(number),
+            Some(index) => chosen(index, Self::drawn(number)),
+        }
+    }
+
+    fn drawn(number: u64) -> Self {
         // Every kind of geometry meets every combination of the four switches, in an order unlike that of the sizes.
         const SWITCHES: [u32; 16] = [0, 7, 9, 12, 2, 4, 15, 11, 1, 6, 10, 13, 3, 8, 5, 14];
         let (kind, round) = (number % KINDS, number / KINDS);
@@ -147,6 +160,7 @@ impl Problem {
             layer: LayerId(n.below(u64::from(LAYERS)) as u32),
             softmax_scale: n.pick(&[None, None, None, Some(0.06)]),
             spread: n.pick(&[1.0, 1.0, 4.0]),
+            ramp: false,
             one_kv_head: false,
         }
     }
@@ -181,7 +195,7 @@ impl Problem {
     }
 
     fn site(&self, site: Site) -> SiteMask {
-        let mut n = Numbers::new(self.number << 32 | u64::from(site.step.0 * 64 + site.layer.0 * 16 + site.head.0));
+        let mut n = Numbers::new(self.number << 32 | u64::from(site.step.0 << 20 | site.layer.0 << 16 | site.head.0));
         let (rows, cols) = (self.geometry.num_q_blocks(), self.geometry.num_kv_blocks());
         let runs = (site.step, site.layer) == (self.step, self.layer);
         let kept = match self.heads[site.head.index()] {
@@ -206,12 +220,16 @@ impl Problem {
         let shapes = [q, kv, kv];
         let mut values = |shape: [usize; 4], factor: f32| -> Vec<u16> {
             let values = (0..shape.iter().product()).map(|_: usize| factor * n.normal());
-            match self.dtype {
-                DType::Bf16 => values.map(|x| bf16::from_f32(x).to_bits()).collect(),
-                DType::Fp16 => values.map(|x| f16::from_f32(x).to_bits()).collect(),
-            }
+            values.map(|x| narrow(self.dtype, x)).collect()
         };
         let mut data = [values(q, self.spread), values(kv, 1.0), values(kv, 1.0)];
+        if self.ramp {
+            let (tokens, d) = (kv[2], kv[3]);
+            for (row, key) in data[1].chunks_exact_mut(d).enumerate() {
+                let factor = 0.25 + 4.0 * (row % tokens) as f32 / tokens as f32;
+                key.iter_mut().for_each(|bits| *bits = narrow(self.dtype, factor * widen(self.dtype, *bits)));
+            }
+        }
         if self.one_kv_head {
             let head = kv[2] * kv[3];
             for batch in data[1..].iter_mut().flat_map(|data| data.chunks_exact_mut(kv[1] * head)) {
@@ -220,6 +238,87 @@ impl Problem {
             }
         }
         Inputs { dtype: self.dtype, shapes, data }
+    }
+}
+
+/// Problems of [`chosen`].
+const CHOSEN: u64 = 36;
+
+/// What chance rarely draws: `base` with the properties that chosen problem `index` is about. The four problems of a case are the
+/// four combinations of element type and head_dim.
+fn chosen(index: u64, base: Problem) -> Problem {
+    use HeadKind::{Anchors, Dense, Mask};
+    let (case, turn) = (index / 4, (index % 4) as usize);
+    let base = Problem {
+        dtype: DType::ALL[turn % 2],
+        head_dim: HEAD_DIMS[turn / 2],
+        lse: (turn + turn / 2 + case as usize).is_multiple_of(2),
+        token_major: (turn / 2 + case as usize / 2).is_multiple_of(2),
+        ..base
+    };
+    let sequence = |heads: Vec<HeadKind>, q: u32, kv: u32| Problem {
+        geometry: Geometry::sequence(q, kv),
+        heads,
+        cut: (0, 0),
+        ..base.clone()
+    };
+    match case {
+        // Rows of more than 1024 blocks: a warp reads their mask in several pieces.
+        0 => {
+            let heads = [Mask(Kept::Percent(5)), Mask(Kept::OnePerRow), Mask(Kept::Percent(50)), Dense];
+            let kv = [1025 * 128 + 1, 1100 * 128 + 77, 1056 * 128, 2049 * 128 + 127][turn];
+            Problem { batch: 1, ..sequence(vec![heads[turn]], [130, 257, 64, 1][turn], kv) }
+        }
+        // One head, and many.
+        1 => {
+            sequence(vec![[Dense, Mask(Kept::Band), Mask(Kept::Percent(25)), Mask(Kept::OnePerRow)][turn]], 1400, 1400)
+        }
+        2 => {
+            let kinds =
+                [Dense, Mask(Kept::Percent(25)), Mask(Kept::OnePerRow), Mask(Kept::Percent(90)), Mask(Kept::All)];
+            let heads = (0..[24, 40, 48, 96][turn]).map(|head| kinds[head % kinds.len()]).collect();
+            Problem { batch: 1, ..sequence(heads, 300, 300) }
+        }
+        // Far more keys than queries, and the other way round.
+        3 => {
+            let (q, kv) = [(1, 6000), (64, 9001), (2900, 3), (2561, 129)][turn];
+            sequence(vec![Mask(Kept::Percent(50)), Dense, Mask(Kept::OnePerRow)], q, kv)
+        }
+        // Every row keeps exactly one block.
+        4 => sequence(vec![Mask(Kept::OnePerRow); 3], [1280, 1153, 1407, 900][turn], [1280, 1153, 1025, 2047][turn]),
+        // Everything in one launch.
+        5 => Problem {
+            geometry: Geometry::video(3, 15, [26, 30, 17, 64][turn]),
+            heads: vec![
+                Anchors(3),
+                Dense,
+                Mask(Kept::Percent(5)),
+                Mask(Kept::OnePerRow),
+                Anchors(3),
+                Mask(Kept::All),
+                Dense,
+                Mask(Kept::Percent(50)),
+            ],
+            cut: (0, 0),
+            batch: 3,
+            ..base
+        },
+        // Scores so far apart that weights underflow, and maxima that move with every block.
+        6 => {
+            let (spread, ramp) = [(30.0, false), (60.0, false), (8.0, true), (20.0, true)][turn];
+            let heads = vec![Dense, Mask(Kept::Percent(50)), Mask(Kept::Band)];
+            Problem { spread, ramp, softmax_scale: None, ..sequence(heads, 700, 1200 + 31 * turn as u32) }
+        }
+        // A scale of the caller's.
+        7 => {
+            let softmax_scale = Some([0.3, 0.011, 1.0, 1e-4][turn]);
+            Problem { softmax_scale, ..sequence(vec![Mask(Kept::Percent(50)), Dense], 500, 777) }
+        }
+        // A batch of three, tails on both sides.
+        _ => {
+            let (q, kv) = [(257, 383), (511, 641), (1023, 130), (129, 1151)][turn];
+            Problem { batch: 3, ..sequence(vec![Mask(Kept::Band), Mask(Kept::Percent(25)), Dense], q, kv) }
+        }
     }
 }
 
@@ -305,6 +404,14 @@ impl Inputs {
     }
 }
 
+/// The bits of the element nearest to `x`.
+fn narrow(dtype: DType, x: f32) -> u16 {
+    match dtype {
+        DType::Bf16 => bf16::from_f32(x).to_bits(),
+        DType::Fp16 => f16::from_f32(x).to_bits(),
+    }
+}
+
 /// The value behind the bits of an element.
 pub(crate) fn widen(dtype: DType, bits: u16) -> f32 {
     match dtype {
@@ -331,6 +438,10 @@ mod tests {
         all("query tails", 8, &|p| vec![u64::from(p.tokens().0 % 8)]);
         all("key tails", 8, &|p| vec![u64::from(p.tokens().1 % 8)]);
         all("dtype, head_dim, lse, layout, kind of geometry", 96, &|p| {
+            // The chosen problems have geometries of their own.
+            if p.number >= DRAWN {
+                return Vec::new();
+            }
             let switches = [p.dtype == DType::Fp16, p.head_dim == 64, p.lse, p.token_major];
             vec![switches.iter().fold(p.number % KINDS, |key, &on| key * 2 + u64::from(on))]
         });
@@ -363,6 +474,19 @@ mod tests {
         any("three ops in one launch", 8, &|p| kinds(p) == [true; 3]);
         any("anchors with text after", 2, &|p| kinds(p)[0] && p.geometry.text_position == TextPosition::After);
         any("anchors with text before", 2, &|p| kinds(p)[0] && p.geometry.text_position == TextPosition::Before);
+        let blocks = |p: &Problem| (p.geometry.num_q_blocks(), p.geometry.num_kv_blocks());
+        any("mask rows of several pieces", 4, &|p| blocks(p).1 > 1024);
+        any("one head", 4, &|p| p.heads.len() == 1 && blocks(p).0 > 4);
+        any("many heads", 4, &|p| p.heads.len() >= 24);
+        any("far more keys than queries", 2, &|p| p.tokens().1 > 100 * p.tokens().0);
+        any("far more queries than keys", 2, &|p| p.tokens().0 > 10 * p.tokens().1);
+        any("one block of every row", 4, &|p| {
+            blocks(p).0 > 4 && p.heads.iter().all(|&head| head == HeadKind::Mask(Kept::OnePerRow))
+        });
+        any("all ops in a batch of three", 4, &|p| kinds(p) == [true; 3] && p.batch == 3 && p.heads.len() == 8);
+        any("weights that underflow", 2, &|p| p.spread >= 30.0);
+        any("maxima that move", 2, &|p| p.ramp);
+        any("a scale of the caller's", 8, &|p| p.softmax_scale.is_some());
         any("anchors in tiles", 2, &|p| kinds(p)[0] && p.geometry.layout != Layout::Raster);
     }
 
