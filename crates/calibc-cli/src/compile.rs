@@ -35,7 +35,7 @@ fn cache_choice(args: &ToolchainArgs) -> CacheChoice {
 
 /// Shows progress, and writes dumps where they are wanted. Passes run one after the other, so dumps come in order.
 struct Listener<'a> {
-    bars: Bars<'a>,
+    bars: Bars,
     dump_dir: Option<&'a Path>,
     /// The first dump that could not be written.
     failed: Mutex<Option<Failure>>,
@@ -64,10 +64,14 @@ impl Observer for Listener<'_> {
 }
 
 /// Whether the result can be put where it is wanted, before the work is done. Leaves nothing behind.
-fn check_output(path: &Path, emit: Emit) -> Result<(), Failure> {
+///
+/// # Errors
+/// The file system's refusal.
+pub fn check_output(path: &Path, emit: calibc_driver::Emit) -> Result<(), Failure> {
+    use calibc_driver::Emit as Wanted;
     let is_folder = path.is_dir();
     let folder = match emit {
-        Emit::Cuda | Emit::Cubin => {
+        Wanted::Cuda | Wanted::Cubin => {
             if path.exists() && !is_folder {
                 let error = std::io::Error::from(std::io::ErrorKind::NotADirectory);
                 return Err(Failure::io("write a folder of kernels to", path, error));
@@ -75,7 +79,7 @@ fn check_output(path: &Path, emit: Emit) -> Result<(), Failure> {
             fs::create_dir_all(path).map_err(|e| Failure::io("create the folder", path, e))?;
             path
         }
-        Emit::Plan | Emit::Bundle => {
+        Wanted::Plan | Wanted::Bundle => {
             if is_folder {
                 let error = std::io::Error::from(std::io::ErrorKind::IsADirectory);
                 return Err(Failure::io("write to", path, error));
@@ -92,7 +96,7 @@ fn check_output(path: &Path, emit: Emit) -> Result<(), Failure> {
 pub(crate) fn compile(console: &Console, args: &CompileArgs) -> Result<Exit, Failure> {
     let start = Instant::now();
     match &args.output {
-        Some(path) => check_output(path, args.emit)?,
+        Some(path) => check_output(path, args.emit.into())?,
         None if args.emit == Emit::Plan && args.json => {
             return Err(Failure::usage(
                 "both the plan and --json would go to stdout; give the plan a place with -o OUT",
@@ -114,7 +118,7 @@ pub(crate) fn compile(console: &Console, args: &CompileArgs) -> Result<Exit, Fai
         emit: args.emit.into(),
         dump_after: args.dump_after.clone(),
     };
-    let listener = Listener { bars: Bars::new(console), dump_dir: args.dump_dir.as_deref(), failed: Mutex::default() };
+    let listener = Listener { bars: Bars::of(console), dump_dir: args.dump_dir.as_deref(), failed: Mutex::default() };
     let compiled = calibc_driver::compile(&options, &listener);
     if let Some(failure) = listener.failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
         return Err(failure);

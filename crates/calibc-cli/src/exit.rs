@@ -12,7 +12,7 @@ use calibc_trace::TraceError;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Exit {
+pub enum Exit {
     /// Done.
     Ok = 0,
     /// A negative result: what was asked is answered with no.
@@ -31,9 +31,11 @@ pub(crate) enum Exit {
 
 /// An error and its exit code.
 #[derive(Debug)]
-pub(crate) struct Failure {
-    pub(crate) exit: Exit,
-    pub(crate) error: anyhow::Error,
+pub struct Failure {
+    /// The exit code.
+    pub exit: Exit,
+    /// What happened.
+    pub error: anyhow::Error,
 }
 
 impl Failure {

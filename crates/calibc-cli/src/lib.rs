@@ -29,7 +29,10 @@ use clap::{CommandFactory, Parser};
 
 use args::{CacheCommand, Cli, Command, TraceCommand};
 use console::{Console, stderr_line};
-use exit::{Exit, Failure};
+
+pub use compile::check_output;
+pub use exit::{Exit, Failure};
+pub use progress::Bars;
 
 /// Runs one command line, the program's name first, and returns its exit code.
 pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> i32 {

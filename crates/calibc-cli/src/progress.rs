@@ -1,6 +1,7 @@
 //! Progress of a session: bars on a terminal, lines for `-v`, nothing else.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::sync::Mutex;
 
 use calibc_driver::{Event, Observer, Stage};
@@ -8,20 +9,29 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::console::{Console, seconds};
 
-/// Draws bars for what a session tells.
-pub(crate) struct Bars<'a> {
-    console: &'a Console,
+/// Draws bars on stderr for what a session tells.
+pub struct Bars {
+    shown: bool,
+    quiet: bool,
+    verbose: u8,
     open: Mutex<BTreeMap<&'static str, ProgressBar>>,
 }
 
-impl<'a> Bars<'a> {
-    pub(crate) fn new(console: &'a Console) -> Self {
-        Self { console, open: Mutex::default() }
+impl Bars {
+    /// Bars where stderr is a terminal, if wanted; warnings in any case.
+    pub fn new(wanted: bool) -> Self {
+        let shown = wanted && std::io::stderr().is_terminal();
+        Self { shown, quiet: false, verbose: 0, open: Mutex::default() }
+    }
+
+    pub(crate) fn of(console: &Console) -> Self {
+        let &Console { quiet, verbose, bars: shown } = console;
+        Self { shown, quiet, verbose, open: Mutex::default() }
     }
 
     /// Shows `done` of `total`; bytes are told from counts by `unit`.
     pub(crate) fn show(&self, name: &'static str, done: u64, total: u64, unit: Unit) {
-        if !self.console.bars {
+        if !self.shown {
             return;
         }
         let mut open = self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -61,7 +71,7 @@ impl<'a> Bars<'a> {
     }
 }
 
-impl Drop for Bars<'_> {
+impl Drop for Bars {
     fn drop(&mut self) {
         let open = self.open.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         open.values().for_each(ProgressBar::finish_and_clear);
@@ -75,7 +85,7 @@ pub(crate) enum Unit {
     Count,
 }
 
-impl Observer for Bars<'_> {
+impl Observer for Bars {
     fn event(&self, event: &Event<'_>) {
         match *event {
             Event::Progress { stage, done, total } => {
@@ -84,16 +94,16 @@ impl Observer for Bars<'_> {
             }
             Event::Done { stage, time } => {
                 self.finish(stage.name());
-                if self.console.verbose > 0 {
+                if self.verbose > 0 {
                     self.line(&format!("{}: {}", stage.name(), seconds(time)));
                 }
             }
-            Event::Remark { pass, text } if self.console.verbose > 0 => self.line(&format!("{pass}: {text}")),
-            Event::Kernel { symbol, arch, cached, time } if self.console.verbose > 0 => {
+            Event::Remark { pass, text } if self.verbose > 0 => self.line(&format!("{pass}: {text}")),
+            Event::Kernel { symbol, arch, cached, time } if self.verbose > 0 => {
                 let how = if cached { "from the cache".to_owned() } else { seconds(time) };
                 self.line(&format!("{symbol} {arch}: {how}"));
             }
-            Event::Warning { text } if !self.console.quiet => self.line(&format!("warning: {text}")),
+            Event::Warning { text } if !self.quiet => self.line(&format!("warning: {text}")),
             _ => {}
         }
     }

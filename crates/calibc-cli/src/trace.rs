@@ -16,7 +16,7 @@ fn kind(error: &TraceError) -> String {
 }
 
 pub(crate) fn check(console: &Console, args: &TraceArgs) -> Result<Exit, Failure> {
-    let bars = Bars::new(console);
+    let bars = Bars::of(console);
     let problems = calibc_trace::check(&args.traces, &|done, total| bars.show("checking", done, total, Unit::Bytes));
     drop(bars);
     let exit = match problems.as_slice() {
@@ -41,7 +41,7 @@ pub(crate) fn check(console: &Console, args: &TraceArgs) -> Result<Exit, Failure
 }
 
 pub(crate) fn info(console: &Console, args: &TraceInfoArgs) -> Result<Exit, Failure> {
-    let bars = Bars::new(console);
+    let bars = Bars::of(console);
     let trace = Trace::open(&args.trace.traces, &|done, total| bars.show("reading traces", done, total, Unit::Bytes))?;
     bars.finish("reading traces");
     let density = trace.density(&EPSILONS, args.rho, &|done, total| bars.show("merging", done, total, Unit::Count))?;

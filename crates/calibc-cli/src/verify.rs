@@ -100,7 +100,7 @@ fn numerics(console: &Console, args: &VerifyArgs, bundle: &Bundle) -> Result<Vec
         None => vec![None],
         Some(engine) => bundle.plan().variants.iter().map(|&variant| Some((engine, variant))).collect(),
     };
-    let bars = Bars::new(console);
+    let bars = Bars::of(console);
     let total = (layers.len() * backends.len()) as u64;
     let mut comparisons = Vec::new();
     for &layer in &layers {

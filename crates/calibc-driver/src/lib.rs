@@ -6,7 +6,7 @@
 //! traces/ -----trace--> Trace ---+                    \--recall--> report ----------------------------------/
 //! ```
 //!
-//! [`compile`] runs one session and returns bytes; it writes nothing but the compile cache. An [`Observer`] hears of progress
+//! [`compile`] runs one session ([`compile_masks`] one for masks in memory) and returns bytes; it writes nothing but the compile cache. An [`Observer`] hears of progress
 //! and can stop it. [`spec`] is the strict reader of `plans/`, [`masks`] the mask file of explicit policies and of
 //! `calibc export`.
 //!
@@ -26,7 +26,7 @@ pub mod spec;
 pub use error::{DriverError, Family};
 pub use kernels::{KernelTarget, VERSION};
 pub use observe::{Event, Observer, Silent, Stage};
-pub use session::{CacheChoice, Emit, Options, Output, Packed, TraceCount, compile};
+pub use session::{CacheChoice, Emit, LayerMasks, Options, Output, Packed, TraceCount, compile, compile_masks};
 
 /// Names of the passes, in order.
 pub use calibc_opt::PASSES;

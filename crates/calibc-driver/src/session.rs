@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use calibc_bundle::{Bundle, Contents};
 use calibc_codegen::KernelSource;
-use calibc_ir::{Arch, Plan, Site};
+use calibc_ir::{Arch, BlockMask, Geometry, Plan, Site};
 use calibc_nvrtc::{Cache, Nvrtc};
 use calibc_opt::{
     CalibAtt, Calibration, Explicit, Hooks, NoCalibration, OptError, PASSES, Policy, Repetition, Report, ShareLimits,
@@ -22,7 +22,10 @@ use crate::masks::{HeadChoice, MaskFile, MaskFileError};
 use crate::observe::{Event, Observer, Stage};
 use crate::report::report_json;
 use crate::resolve::{Job, TraceFacts, resolve};
-use crate::spec::{FamilySpec, MissingSpec, PolicySpec, RepetitionSpec, Spec};
+use crate::spec::{
+    ArchSpec, DTypeSpec, ExplicitKind, ExplicitSpec, FamilySpec, GeometrySpec, MissingSpec, ModelSpec, PolicySpec,
+    RepetitionSpec, Spec, TargetSpec,
+};
 
 /// Where compiled kernels are kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -187,26 +190,87 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
         sigmas: &manifest.sigmas,
     });
     let job = resolve(&spec, facts.as_ref(), &options.archs)?;
-    let tools = if options.emit >= Emit::Cubin {
+    run(options, job, manifest.as_ref(), None, observer)
+}
+
+/// Masks of one attention layer, in memory.
+#[derive(Clone, Debug)]
+pub struct LayerMasks {
+    /// Name of the plan, for people.
+    pub name: String,
+    /// Query tokens.
+    pub q_tokens: u32,
+    /// Key tokens.
+    pub kv_tokens: u32,
+    /// Head dimension.
+    pub head_dim: u32,
+    /// One mask per head, `[q_blocks, kv_blocks]`. A mask that keeps every block makes a dense head.
+    pub heads: Vec<BlockMask>,
+    /// Element types to make kernels for.
+    pub dtypes: Vec<DTypeSpec>,
+    /// Whether kernels that also write the log-sum-exp are made.
+    pub lse: bool,
+}
+
+/// Compiles the masks of one layer into a plan of one step and one layer: [`compile`] without any file. Traces and spec of
+/// `options` are not looked at; without [`Options::archs`] there are no kernels, and only the CPU reference runs the result.
+///
+/// # Errors
+/// See [`DriverError`]; masks of another shape than the lengths and rows that keep nothing are [`DriverError::Opt`].
+pub fn compile_masks(masks: LayerMasks, options: &Options, observer: &dyn Observer) -> Result<Output, DriverError> {
+    let LayerMasks { name, q_tokens, kv_tokens, head_dim, heads, dtypes, lse } = masks;
+    let geometry = Geometry::sequence(q_tokens, kv_tokens);
+    let explicit = ExplicitSpec {
+        kind: ExplicitKind::Explicit,
+        masks: PathBuf::from("memory"),
+        default: MissingSpec::Error,
+        anchors: Repetition::PAPER.anchors,
+    };
+    let archs = options.archs.iter().copied().map(ArchSpec).collect();
+    let family = if options.portable { FamilySpec::Portable } else { FamilySpec::Auto };
+    let spec = Spec {
+        model: Some(ModelSpec { name: Some(name), layers: 1, heads: heads.len() as u32, head_dim }),
+        geometry: Some(GeometrySpec::from_ir(&geometry)),
+        steps: Some(1),
+        policy: PolicySpec::Explicit(explicit),
+        target: TargetSpec { dtypes, lse, archs, family, ..TargetSpec::default() },
+        ..Spec::default()
+    };
+    let job = resolve(&spec, None, &[])?;
+    // The plan has one step and one layer, so a site is its head.
+    let policy = Policy::Explicit(Explicit::new(move |site: Site| SiteMask::Mask(heads[site.head.index()].clone())));
+    run(options, job, None, Some(policy), observer)
+}
+
+/// Everything after the job is known. `policy` is the spec's unless it is given.
+fn run(
+    options: &Options,
+    job: Job,
+    manifest: Option<&Manifest>,
+    policy: Option<Policy>,
+    observer: &dyn Observer,
+) -> Result<Output, DriverError> {
+    let tools = if options.emit >= Emit::Cubin && !job.archs.is_empty() {
         Some((Nvrtc::find(options.nvrtc.as_deref())?, options.cache.open()?))
     } else {
         None
     };
+    let traces = options.traces.as_ref().filter(|_| manifest.is_some());
     let mut clock = Clock { observer, times: Vec::new() };
-    let trace = match &options.traces {
+    let trace = match traces {
         Some(dir) => Some(clock.stage(Stage::Open, || {
             Ok(Trace::open(dir, &|done, total| observer.event(&Event::Progress { stage: Stage::Open, done, total }))?)
         })?),
         None => None,
     };
     // Between the two readings the folder may have become another.
-    if trace.as_ref().map(Trace::manifest) != manifest.as_ref() {
+    if trace.as_ref().map(Trace::manifest) != manifest {
         return Err(TraceError::Changed { file: MANIFEST.to_owned() }.into());
     }
     let effective = job.spec.to_yaml()?;
     let (plan, report) = match &trace {
-        Some(trace) => optimise(options, &job, &TraceEvidence(trace), &mut clock)?,
-        None => optimise(options, &job, &NoCalibration, &mut clock)?,
+        Some(trace) => optimise(options, &job, policy, &TraceEvidence(trace), &mut clock)?,
+        None => optimise(options, &job, policy, &NoCalibration, &mut clock)?,
     };
     let traces = trace.map(|trace| TraceCount {
         calibration_prompts: trace.num_prompts(calibc_trace::Split::Calibration),
@@ -247,8 +311,8 @@ pub fn compile(options: &Options, observer: &dyn Observer) -> Result<Output, Dri
     Ok(output)
 }
 
-/// The optimiser's policy. Explicit masks are read while it runs; what goes wrong then is left in the second part.
-fn policy(options: &Options, job: &Job) -> Result<(Policy, Failed), DriverError> {
+/// The spec's policy. Explicit masks are read while it runs; what goes wrong then is left in the second part.
+fn policy_of_spec(options: &Options, job: &Job) -> Result<(Policy, Failed), DriverError> {
     let failed = Failed::default();
     let policy = match &job.spec.policy {
         PolicySpec::CalibAtt(spec) => Policy::CalibAtt(CalibAtt {
@@ -304,10 +368,14 @@ impl Failed {
 fn optimise<C: Calibration>(
     options: &Options,
     job: &Job,
+    policy: Option<Policy>,
     evidence: &C,
     clock: &mut Clock<'_>,
 ) -> Result<(Plan, Option<Report>), DriverError> {
-    let (policy, failed) = policy(options, job)?;
+    let (policy, failed) = match policy {
+        Some(policy) => (policy, Failed::default()),
+        None => policy_of_spec(options, job)?,
+    };
     let target = Target {
         dtypes: job.spec.target.dtypes.iter().map(|&d| d.into()).collect(),
         lse: job.spec.target.lse,

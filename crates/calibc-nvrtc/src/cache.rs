@@ -474,7 +474,7 @@ mod tests {
     fn the_default_folder_follows_the_environment() {
         let at = |vars: &[(&str, &str)]| {
             let var = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, value)| OsString::from(value));
-            default_dir(&Surroundings { var: &var, executable: None })
+            default_dir(&Surroundings { var: &var, executable: None, python_packages: Vec::new() })
         };
         assert_eq!(at(&[]), None);
         assert_eq!(at(&[("HOME", "/h")]), Some("/h/.cache/calibc".into()));

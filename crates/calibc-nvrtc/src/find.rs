@@ -6,21 +6,33 @@ use std::{
     ffi::{OsStr, OsString},
     fs,
     path::{Path, PathBuf},
+    sync::RwLock,
 };
 
 /// File names of the versions calibc supports, newest first. `libnvrtc.so` comes last: it may be any version.
 pub(crate) const FILE_NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 
-/// What the search reads of the process: environment variables and the path of the executable.
+/// `site-packages` folders of the Python interpreter this process is, if it is one.
+static PYTHON_PACKAGES: RwLock<Vec<PathBuf>> = RwLock::new(Vec::new());
+
+/// Names the folders that the running Python interpreter imports packages from. NVIDIA's wheels in them are found before those
+/// of every other environment: an interpreter's executable need not lie in its environment, and `VIRTUAL_ENV` may name another.
+pub fn set_python_packages(folders: Vec<PathBuf>) {
+    *PYTHON_PACKAGES.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = folders;
+}
+
+/// What the search reads of the process: environment variables, the path of the executable and where Python packages lie.
 pub(crate) struct Surroundings<'a> {
     pub(crate) var: &'a dyn Fn(&str) -> Option<OsString>,
     pub(crate) executable: Option<PathBuf>,
+    pub(crate) python_packages: Vec<PathBuf>,
 }
 
 impl Surroundings<'_> {
     /// Those of this process.
     pub(crate) fn current() -> Self {
-        Self { var: &|name| env::var_os(name), executable: env::current_exe().ok() }
+        let python_packages = PYTHON_PACKAGES.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        Self { var: &|name| env::var_os(name), executable: env::current_exe().ok(), python_packages }
     }
 
     /// A variable that is set to something.
@@ -65,6 +77,8 @@ pub(crate) fn search(explicit: Option<&Path>, around: &Surroundings<'_>) -> Sear
 
     let mut folders: Vec<(&'static str, PathBuf)> = Vec::new();
     let mut add = |origin, found: Vec<PathBuf>| folders.extend(found.into_iter().map(|folder| (origin, folder)));
+    let imported = around.python_packages.iter().flat_map(|packages| wheel_folders(packages));
+    add("this Python's packages", imported.filter(|folder| folder.is_dir()).collect());
     if let Some(root) = around.path("VIRTUAL_ENV") {
         add("VIRTUAL_ENV", python_folders(&root));
     }
@@ -171,7 +185,7 @@ mod tests {
 
     fn places(explicit: Option<&Path>, vars: &[(&str, PathBuf)], executable: Option<PathBuf>) -> Search {
         let var = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, value)| value.clone().into_os_string());
-        search(explicit, &Surroundings { var: &var, executable })
+        search(explicit, &Surroundings { var: &var, executable, python_packages: Vec::new() })
     }
 
     fn make(root: &Path, sub: &str) -> PathBuf {
@@ -231,6 +245,21 @@ mod tests {
         let last: Vec<&Place> = found.places.iter().rev().take(3).map(|(_, place)| place).collect();
         let loader = ["libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"].map(Place::Loader);
         assert_eq!(last, loader.iter().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_running_interpreter_comes_before_the_active_environment() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let venv = make(dir.path(), "venv");
+        let active = make(&venv, "lib/python3.12/site-packages/nvidia/cu13/lib");
+        let packages = dir.path().join("own/site-packages");
+        let own = make(&packages, "nvidia/cuda_nvrtc/lib");
+        let var = |name: &str| (name == "VIRTUAL_ENV").then(|| venv.clone().into_os_string());
+        let without_wheels = dir.path().join("elsewhere");
+        let around = Surroundings { var: &var, executable: None, python_packages: vec![without_wheels, packages] };
+        let found = search(None, &around);
+        let folders = [("this Python's packages", own), ("VIRTUAL_ENV", active)];
+        assert_eq!(found.places[..2], folders.map(|(origin, folder)| (origin, Place::Folder(folder))));
     }
 
     #[test]

@@ -37,5 +37,6 @@ pub mod testing;
 
 pub use cache::{Cache, Cleared, Entry};
 pub use error::{Failure, GateFailure, NvrtcError, Tried, WhyNot};
+pub use find::set_python_packages;
 pub use nvrtc::{Compiled, Nvrtc, Request, SUPPORTED_MAJORS};
 pub use report::Resources;

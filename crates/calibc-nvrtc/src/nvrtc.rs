@@ -85,7 +85,8 @@ impl Request<'_> {
 
 impl Nvrtc {
     /// Finds and loads libnvrtc. `explicit` (a file or a folder; the flag `--nvrtc`) wins, then `CALIBC_NVRTC`; a place named
-    /// by the user is the only one looked at. Else the first usable library of: `VIRTUAL_ENV`, `CONDA_PREFIX`, the Python
+    /// by the user is the only one looked at. Else the first usable library of: the running Python
+    /// interpreter's packages ([`crate::set_python_packages`]), `VIRTUAL_ENV`, `CONDA_PREFIX`, the Python
     /// environment the executable lies in, the user's and the `PATH`'s Python packages, `CUDA_HOME`, `CUDA_PATH`,
     /// `/usr/local/cuda`, the system loader.
     ///

@@ -1,0 +1,66 @@
+//! Bundles by number: what a torch op, which takes only tensors and numbers, names a bundle with.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+use calibc_runtime::{Bundle, Engine, RuntimeError};
+
+/// A bundle, and its engine on each GPU it was used on.
+pub(crate) struct Loaded {
+    /// The number; never used again in this process.
+    pub(crate) handle: i64,
+    pub(crate) bundle: Bundle,
+    /// By ordinal of the GPU.
+    engines: RwLock<Vec<Option<Arc<Engine>>>>,
+    /// Held while an engine is made: two of them would take twice the memory.
+    loading: Mutex<()>,
+}
+
+/// Everything alive, by number. A bundle lives as long as Python holds it.
+static ALIVE: RwLock<Option<HashMap<i64, Weak<Loaded>>>> = RwLock::new(None);
+static NEXT: AtomicI64 = AtomicI64::new(1);
+
+impl Loaded {
+    pub(crate) fn new(bundle: Bundle) -> Arc<Self> {
+        let handle = NEXT.fetch_add(1, Ordering::Relaxed);
+        let (engines, loading) = Default::default();
+        let loaded = Arc::new(Self { handle, bundle, engines, loading });
+        let mut alive = ALIVE.write().unwrap_or_else(PoisonError::into_inner);
+        alive.get_or_insert_default().insert(handle, Arc::downgrade(&loaded));
+        loaded
+    }
+
+    /// The bundle of this number; `None` once Python has let go of it.
+    pub(crate) fn of(handle: i64) -> Option<Arc<Self>> {
+        ALIVE.read().unwrap_or_else(PoisonError::into_inner).as_ref()?.get(&handle)?.upgrade()
+    }
+
+    /// The engine on GPU `device`, made on first use.
+    pub(crate) fn engine(&self, device: u32) -> Result<Arc<Engine>, RuntimeError> {
+        let at = device as usize;
+        let there = || self.engines.read().unwrap_or_else(PoisonError::into_inner).get(at).cloned().flatten();
+        if let Some(engine) = there() {
+            return Ok(engine);
+        }
+        let _loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(engine) = there() {
+            return Ok(engine);
+        }
+        let engine = Arc::new(Engine::new(device, &self.bundle)?);
+        let mut engines = self.engines.write().unwrap_or_else(PoisonError::into_inner);
+        if engines.len() <= at {
+            engines.resize(at + 1, None);
+        }
+        engines[at] = Some(Arc::clone(&engine));
+        Ok(engine)
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if let Some(alive) = ALIVE.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            alive.remove(&self.handle);
+        }
+    }
+}
