@@ -1,0 +1,145 @@
+"""The torch ops `calibc::attention` and `calibc::attention_lse`: one layer of a bundle on tensors.
+
+A bundle and a layer are named by a small tensor, the *site*, and the denoising step by another, never by Python numbers:
+`torch.compile` makes one graph for all layers and steps, and a CUDA graph follows the step in memory.
+
+    site = calibc.ops.site(bundle, layer=7)                        # int64 [2], in CPU memory
+    step = torch.zeros((), dtype=torch.int32, device=q.device)     # updated in place before each denoising step
+    out = calibc.ops.attention(q, k, v, site, step)
+
+q is [B, H, S_q, D], k and v are [B, H, S_kv, D], in any memory order whose innermost dimension is D: a transposed view of
+[B, S, H, D] is as good as a contiguous tensor, and `out` has the memory order of q. On a GPU the work goes to torch's current
+stream and nothing waits for it; tensors in CPU memory go through the reference, in float32.
+
+The first call on a GPU loads the bundle onto it (see `load`), which no CUDA graph can capture: warm up first. The bundle must
+stay alive for as long as a site of it is used, or a graph that captured one is replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calibc import _native
+from calibc._native import Bundle
+from calibc.errors import BadInput, Usage
+
+# Element types as the native half knows them.
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def site(bundle: Bundle, layer: int) -> Tensor:
+    """Names one layer of `bundle`: int64 [2], in CPU memory, where it must stay. Valid while the bundle lives."""
+    if not 0 <= layer < bundle.layers:
+        raise BadInput(f"layer {layer} is out of range: the plan has {bundle.layers} layers")
+    return torch.tensor([bundle.handle, layer], dtype=torch.int64)
+
+
+def load(bundle: Bundle, device: torch.device | str | int | None = None) -> None:
+    """Puts the kernels and tables of `bundle` onto a GPU, by default the current one. The first call there does it as well."""
+    _native.load(bundle.handle, torch.cuda._utils._get_device_index(device, optional=True))
+
+
+@torch.library.custom_op("calibc::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> Tensor:
+    """Attention by the ops that the plan has for one layer at one step.
+
+    Args:
+        q: [B, H, S_q, D], bfloat16 or float16; in CPU memory float32 too.
+        k: [B, H, S_kv, D], as q.
+        v: [B, H, S_kv, D], as q.
+        site: Which bundle and layer, from `site`.
+        step: The denoising step: int32 [], on q's device, read when the GPU gets there; in CPU memory it is read at once.
+        scale: Factor on the scores; by default 1 / sqrt(D).
+
+    Returns:
+        [B, H, S_q, D], in the memory order of q.
+    """
+    out = torch.empty_like(q)
+    _run(q, k, v, out, None, site, step, scale)
+    return out
+
+
+@torch.library.custom_op("calibc::attention_lse", mutates_args=())
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the natural logarithm of each query's sum of exponentials: float32 [B, H, S_q]."""
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _run(q, k, v, out, lse, site, step, scale)
+    return out, lse
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    site: Tensor,
+    step: Tensor,
+    scale: float | None,
+) -> None:
+    if not (site.is_cpu and site.dtype == torch.int64 and site.shape == (2,)):
+        raise Usage("site must be an int64 tensor [2] in CPU memory, from calibc.ops.site; do not move it with its module")
+    if step.dtype != torch.int32 or step.numel() != 1:
+        raise Usage(f"step must be one int32, not {step.dtype} {list(step.shape)}")
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise BadInput("q, k and v must be [batch, heads, tokens, head_dim]")
+    handle, layer = site.tolist()
+    tensors = [_described(x) for x in (q, k, v, out)]
+    to = 0 if lse is None else lse.data_ptr()
+    if q.is_cuda:
+        # A step in CPU memory is read now; one on a GPU only by the kernel.
+        at, ptr = (0, step.data_ptr()) if step.is_cuda else (int(step), 0)
+        if step.is_cuda and step.device != q.device:
+            raise BadInput(f"step is on {step.device} but q on {q.device}; keep one step tensor per GPU")
+        if at < 0:
+            raise BadInput(f"step {at} is negative")
+        stream = torch._C._cuda_getCurrentRawStream(q.get_device())
+        _native.attention(handle, layer, at, ptr, *tensors, to, scale, stream)
+    elif q.is_cpu:
+        at = int(step)
+        if at < 0:
+            raise BadInput(f"step {at} is negative")
+        _native.reference_attention(handle, layer, at, *tensors, to, scale)
+    else:
+        raise BadInput(f"q is on {q.device}; kernels run on CUDA devices, the reference on the CPU")
+
+
+def _described(x: Tensor) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...]]:
+    return x.data_ptr(), _CODES.get(x.dtype, -1), x.get_device(), x.shape, x.stride()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What can be said without a plan, so that a traced graph fails where it is made."""
+    torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must be [batch, heads, tokens, head_dim]")
+    torch._check(q.dtype == k.dtype == v.dtype, lambda: f"q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> Tensor:
+    _check(q, k, v)
+    return torch.empty_like(q)
+
+
+@attention_lse.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _no_backward(ctx: object, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "calibc attention is for inference and has no backward; call the model under torch.no_grad() or inference_mode(), "
+        "or remove the sparse attention before training"
+    )
+
+
+attention.register_autograd(_no_backward)
+attention_lse.register_autograd(_no_backward)
+
+__all__ = ["attention", "attention_lse", "load", "site"]
