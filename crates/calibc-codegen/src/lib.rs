@@ -10,6 +10,7 @@
 //!
 //! A kernel's launch contract is [`calibc_ir::abi`]; the parameter struct is spelled from that table.
 
+mod capture;
 mod hopper;
 mod portable;
 
@@ -17,6 +18,8 @@ use calibc_ir::{BLOCK, DType, Family, HEAD_DIMS, Variant, abi};
 use serde::Serialize;
 use tera::{Context, Tera};
 use thiserror::Error;
+
+pub use capture::{CaptureSource, CaptureVariant, Statistic, generate_capture};
 
 /// Why no kernel was generated.
 #[derive(Debug, Error)]
@@ -36,6 +39,16 @@ pub enum CodegenError {
         template: &'static str,
         /// The variant.
         variant: Variant,
+        /// What the engine says.
+        source: Box<tera::Error>,
+    },
+    /// A template of a capture kernel and its context disagree: a bug of calibc.
+    #[error("capture template `{template}` of {symbol} did not render (a bug of calibc): {source}")]
+    CaptureTemplate {
+        /// The part.
+        template: &'static str,
+        /// The kernel.
+        symbol: String,
         /// What the engine says.
         source: Box<tera::Error>,
     },

@@ -12,6 +12,7 @@
 
 pub mod abi;
 mod anchors;
+pub mod capture;
 mod evidence;
 mod geometry;
 mod ids;
