@@ -1,11 +1,12 @@
 //! Developer commands: `cargo xtask demo`, `cargo xtask test` and their parts.
 //!
 //! They do all their set-up on a machine that has Rust and Python 3: [`provision`] puts NumPy and NVRTC, which comes as a
-//! wheel and needs no GPU, into a Python environment under the target folder, and nothing anywhere else.
+//! wheel and needs no GPU, into a Python environment under the target folder, for `test` also PyTorch, and nothing anywhere else.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool")]
 
 mod demo;
+mod package;
 mod process;
 mod provision;
 mod tally;
@@ -22,6 +23,7 @@ usage: cargo xtask COMMAND
   demo           compile the example traces into a bundle, and execute it
   test           everything: format, lints, tests, Python tests, docs
   check-kernels  compile every generated kernel with NVRTC
+  package        build the Python package, install it into target/python, and run the Python tests
   provision      only fetch what the others need into the target folder
 
 environment:
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         ["demo"] => Workspace::find().and_then(|w| demo::run(&w)),
         ["test"] => Workspace::find().and_then(|w| test::run(&w)),
         ["check-kernels"] => Workspace::find().and_then(|w| test::check_kernels(&w)),
+        ["package"] => Workspace::find().and_then(|w| test::package(&w)),
         ["provision"] => Workspace::find().and_then(|w| provision::run(&w)),
         ["help" | "-h" | "--help"] => {
             println!("{USAGE}");

@@ -1,4 +1,5 @@
-//! The Python environment under the target folder: NumPy for the Python tests, and NVRTC.
+//! The Python environment under the target folder: NVRTC and NumPy, and for the tests of the Python package what its users have:
+//! PyTorch and diffusers, some gigabytes.
 
 use std::{
     env,
@@ -14,12 +15,15 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{process::spelled, workspace::Workspace};
 
-/// What pip installs.
+/// What every command needs.
 const REQUIREMENTS: [&str; 2] = ["nvidia-cuda-nvrtc>=13,<14", "numpy>=1.24"];
+/// What building and testing the Python package needs beside that. Versions move on when somebody moves them.
+const PACKAGE_REQUIREMENTS: [&str; 4] =
+    ["maturin>=1.9.4,<2", "torch==2.15.*", "diffusers==0.42.*", "accelerate==1.15.*"];
 /// Raise when the layout of the environment changes.
 const LAYOUT: u32 = 1;
 /// The oldest Python 3 with wheels of all this.
-const OLDEST_PYTHON: (u32, u32) = (3, 9);
+const OLDEST_PYTHON: (u32, u32) = (3, 10);
 /// Pauses before the second and third attempt to install; networks have hiccups.
 const PAUSES: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(20)];
 
@@ -32,6 +36,7 @@ pub(crate) struct Environment {
     /// The folder of libnvrtc, or what `CALIBC_NVRTC` said.
     pub(crate) nvrtc: PathBuf,
     cache: PathBuf,
+    folder: PathBuf,
 }
 
 impl Environment {
@@ -52,9 +57,39 @@ impl Environment {
     }
 }
 
+impl Environment {
+    /// pip, installing into the environment.
+    pub(crate) fn pip_install(&self) -> Command {
+        let mut pip = pip_install(&self.python);
+        if let Some(packages) = &self.packages {
+            pip.arg("--upgrade").arg("--target").arg(packages);
+        }
+        pip
+    }
+
+    /// Whether this is a virtual environment, and others can be made from its interpreter.
+    pub(crate) fn is_virtual(&self) -> bool {
+        self.packages.is_none()
+    }
+
+    /// A program that a package brought: `maturin`.
+    pub(crate) fn scripts(&self) -> PathBuf {
+        self.packages.as_ref().map_or_else(|| self.folder.join("bin"), |packages| packages.join("bin"))
+    }
+}
+
+/// `pip install`, told to ignore settings that make sense for somebody's own installs and break these.
+pub(crate) fn pip_install(python: &Path) -> Command {
+    let mut pip = Command::new(python);
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]);
+    pip.args(["--retries", "5", "--timeout", "60"]);
+    pip.env("PIP_USER", "0").env("PIP_REQUIRE_VIRTUALENV", "0").env_remove("PIP_TARGET").env_remove("PIP_PREFIX");
+    pip
+}
+
 /// `cargo xtask provision`.
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
-    let environment = provision(workspace)?;
+    let environment = provision_package(workspace)?;
     println!("CALIBC_PYTHON={}", environment.python.display());
     println!("CALIBC_NVRTC={}", environment.nvrtc.display());
     Ok(true)
@@ -63,10 +98,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
 /// Makes the environment, or finds it made. Several at once wait for each other.
 pub(crate) fn provision(workspace: &Workspace) -> Result<Environment> {
     let folder = workspace.target.join("python");
-    let lock_path = workspace.target.join("python.lock");
-    let lock = File::create(&lock_path).with_context(|| format!("cannot create {}", lock_path.display()))?;
-    lock.lock().with_context(|| format!("cannot lock {}", lock_path.display()))?;
-
+    let _lock = lock(workspace)?;
     let base = find_python()?;
     let stamp_path = folder.join("calibc.stamp");
     let stamp = format!("layout {LAYOUT}\n{}\npython {}\n", REQUIREMENTS.join("\n"), base.description);
@@ -82,16 +114,11 @@ pub(crate) fn provision(workspace: &Workspace) -> Result<Environment> {
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let python = make_venv(&base, &folder)?;
-    let mut pip = Command::new(python.as_ref().unwrap_or(&base.program));
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--only-binary=:all:"]);
-    pip.args(["--retries", "5", "--timeout", "60"]);
+    let mut pip = pip_install(python.as_ref().unwrap_or(&base.program));
     if python.is_none() {
         pip.arg("--target").arg(site_of_target(&folder));
     }
-    pip.args(REQUIREMENTS);
-    // Settings that make sense for somebody's own installs and break this one.
-    pip.env("PIP_USER", "0").env("PIP_REQUIRE_VIRTUALENV", "0").env_remove("PIP_TARGET").env_remove("PIP_PREFIX");
-    install(&mut pip)?;
+    install(pip.arg("--only-binary=:all:").args(REQUIREMENTS))?;
 
     let environment = open(workspace, &folder, &base)?;
     let mut check = Command::new(&environment.python);
@@ -101,6 +128,32 @@ pub(crate) fn provision(workspace: &Workspace) -> Result<Environment> {
     ensure!(status.success(), "NumPy was installed into {} but does not load", folder.display());
     fs::write(&stamp_path, stamp).with_context(|| format!("cannot write {}", stamp_path.display()))?;
     Ok(environment)
+}
+
+/// The environment with what the Python package is built and tested with.
+pub(crate) fn provision_package(workspace: &Workspace) -> Result<Environment> {
+    let environment = provision(workspace)?;
+    let lock = lock(workspace)?;
+    let stamp_path = environment.folder.join("calibc-package.stamp");
+    let stamp = PACKAGE_REQUIREMENTS.join("\n");
+    if fs::read_to_string(&stamp_path).is_ok_and(|found| found == stamp) {
+        return Ok(environment);
+    }
+    let folder = workspace.show(&environment.folder);
+    eprintln!("adding to {folder} ({}); about 6 GB, some minutes", PACKAGE_REQUIREMENTS.join(", "));
+    // Named again so that they stay within their bounds.
+    install(environment.pip_install().arg("--only-binary=:all:").args(PACKAGE_REQUIREMENTS).args(REQUIREMENTS))?;
+    fs::write(&stamp_path, stamp).with_context(|| format!("cannot write {}", stamp_path.display()))?;
+    drop(lock);
+    Ok(environment)
+}
+
+/// Held by whoever changes the environment.
+fn lock(workspace: &Workspace) -> Result<File> {
+    let path = workspace.target.join("python.lock");
+    let lock = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    lock.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(lock)
 }
 
 /// A Python 3 of this machine.
@@ -161,7 +214,7 @@ fn make_venv(base: &Base, folder: &Path) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-fn install(pip: &mut Command) -> Result<()> {
+pub(crate) fn install(pip: &mut Command) -> Result<()> {
     let mut pauses = PAUSES.into_iter();
     loop {
         let status = pip.stdin(Stdio::null()).status().with_context(|| format!("cannot run `{}`", spelled(pip)))?;
@@ -201,10 +254,10 @@ fn open(workspace: &Workspace, folder: &Path, base: &Base) -> Result<Environment
     // Absolute, because cargo runs every test in its own package's folder.
     let named = named.map(|path| std::path::absolute(&path).unwrap_or_else(|_| path.into()));
     let nvrtc = named.unwrap_or(fetched);
-    Ok(Environment { python, packages, nvrtc, cache: workspace.target.join("calibc-cache") })
+    Ok(Environment { python, packages, nvrtc, cache: workspace.target.join("calibc-cache"), folder: folder.to_owned() })
 }
 
-fn venv_python(folder: &Path) -> PathBuf {
+pub(crate) fn venv_python(folder: &Path) -> PathBuf {
     folder.join("bin/python")
 }
 

@@ -1,12 +1,19 @@
 //! `cargo xtask test`: every check of the project, each even when an earlier one failed.
 
-use std::{env, fs, io::IsTerminal, path::Path, process::Command, time::Duration};
+use std::{
+    env, fs,
+    io::IsTerminal,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 
 use crate::{
+    package,
     process::{Outcome, spelled, stream},
-    provision::{Environment, provision},
+    provision::{Environment, provision, provision_package, venv_python},
     tally::{self, Tally},
     workspace::Workspace,
 };
@@ -32,12 +39,12 @@ struct Session<'a> {
 /// Runs everything; `false` when something failed. The last line says how many tests passed, failed and were skipped; a step
 /// that is no test counts as one when it fails.
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
-    let mut session = Session::start(workspace)?;
+    let mut session = Session::start(workspace, provision_package(workspace)?);
     session.check("format", &mut workspace.cargo(&["fmt", "--all", "--check"]))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"];
     session.check("clippy", &mut workspace.cargo(&clippy))?;
     session.cargo_test("tests", &["test", "--workspace", "--no-fail-fast"])?;
-    session.python_tests()?;
+    session.python()?;
     let mut doc = workspace.cargo(&["doc", "--workspace", "--no-deps", "--keep-going"]);
     session.check("docs", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     Ok(session.finish())
@@ -45,15 +52,21 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
 
 /// `cargo xtask check-kernels`: only the test that compiles generated CUDA.
 pub(crate) fn check_kernels(workspace: &Workspace) -> Result<bool> {
-    let mut session = Session::start(workspace)?;
+    let mut session = Session::start(workspace, provision(workspace)?);
     session.cargo_test("kernels", &["test", "--package", "calibc-tests", "--test", "kernels"])?;
     Ok(session.finish())
 }
 
+/// `cargo xtask package`: the Python package and its tests only.
+pub(crate) fn package(workspace: &Workspace) -> Result<bool> {
+    let mut session = Session::start(workspace, provision_package(workspace)?);
+    session.python()?;
+    Ok(session.finish())
+}
+
 impl<'a> Session<'a> {
-    fn start(workspace: &'a Workspace) -> Result<Self> {
-        let environment = provision(workspace)?;
-        Ok(Self { workspace, environment, steps: Vec::new(), tally: Tally::default() })
+    fn start(workspace: &'a Workspace, environment: Environment) -> Self {
+        Self { workspace, environment, steps: Vec::new(), tally: Tally::default() }
     }
 
     fn run(&self, name: &str, command: &mut Command) -> Result<Outcome> {
@@ -66,7 +79,7 @@ impl<'a> Session<'a> {
     }
 
     fn record(&mut self, name: &'static str, outcome: &Outcome, mut tally: Tally, note: String) {
-        let ok = outcome.status.success();
+        let ok = outcome.status.success() && tally.failed == 0;
         if !ok && tally.failed == 0 {
             // It did not build, crashed, or is no test.
             tally.failed = 1;
@@ -90,6 +103,51 @@ impl<'a> Session<'a> {
         let failed: String =
             tally::failed_tests(&outcome.stdout).iter().map(|test| format!("\n      {test}")).collect();
         self.record(name, &outcome, tally, format!("{tally}{failed}"));
+        Ok(())
+    }
+
+    /// Builds the Python package, tries it in an environment of its own, and runs the Python tests on it.
+    fn python(&mut self) -> Result<()> {
+        let outcome = self.run("the wheel", &mut package::build(self.workspace, &self.environment)?)?;
+        let built = outcome.status.success();
+        self.record("wheel", &outcome, Tally::default(), String::new());
+        if built {
+            package::install_here(self.workspace, &self.environment)?;
+            self.fresh_environment()?;
+        }
+        // Without a wheel the tests fail one by one, each with the reason.
+        self.python_tests()
+    }
+
+    /// `pip install calibc[cu13]`, `import calibc` and `calibc doctor` where there is nothing else.
+    fn fresh_environment(&mut self) -> Result<()> {
+        if !self.environment.is_virtual() {
+            eprintln!("skipped: fresh environment: this Python makes no virtual environments");
+            self.tally.skipped += 1;
+            return Ok(());
+        }
+        let start = Instant::now();
+        let folder = package::fresh(self.workspace, &self.environment)?;
+        let install = start.elapsed();
+        let mut import = Command::new(venv_python(&folder));
+        import.args(["-c", "import calibc; print('calibc', calibc.__version__)"]);
+        let mut doctor = Command::new(folder.join("bin/calibc"));
+        doctor.arg("doctor");
+        for (name, command) in [("import", &mut import), ("doctor", &mut doctor)] {
+            eprintln!("\n== {name} in a fresh environment: {}", spelled(command));
+            // What a user's shell has without any environment active: NVRTC must be found by itself.
+            for variable in ["CALIBC_NVRTC", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME"] {
+                command.env_remove(variable);
+            }
+            let outcome = stream(command.current_dir(&self.workspace.target))?;
+            let mut tally = Tally { passed: 1, ..Tally::default() };
+            let found = outcome.stdout.contains(&*folder.to_string_lossy());
+            if !outcome.status.success() || (name == "doctor" && !found) {
+                tally = Tally { failed: 1, ..Tally::default() };
+            }
+            let note = format!("fresh environment, installed in {:.1} s", install.as_secs_f64());
+            self.record(name, &outcome, tally, note);
+        }
         Ok(())
     }
 
