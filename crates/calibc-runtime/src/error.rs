@@ -19,6 +19,10 @@ pub enum Operand {
     Out,
     /// The log-sum-exp.
     Lse,
+    /// The block energies of a capture.
+    Energy,
+    /// The block deviations of a capture.
+    Deviation,
 }
 
 impl fmt::Display for Operand {
@@ -29,6 +33,8 @@ impl fmt::Display for Operand {
             Self::V => "v",
             Self::Out => "out",
             Self::Lse => "lse",
+            Self::Energy => "energy",
+            Self::Deviation => "deviation",
         })
     }
 }
@@ -237,6 +243,46 @@ pub enum RuntimeError {
     Scale {
         /// The scale.
         scale: f32,
+    },
+    /// A number of sampled rows that capture kernels do not have.
+    #[error("a capture of {rows} rows per block is not possible; use 16, 32, 64 or 128 (all)")]
+    RowsPerBlock {
+        /// The rows asked for.
+        rows: u32,
+    },
+    /// The tensors of a capture do not belong together, or not to its kernel.
+    #[error("{operand} has {dim} size {got}, but this capture needs {want}")]
+    CaptureShape {
+        /// The tensor.
+        operand: Operand,
+        /// The dimension.
+        dim: Dim,
+        /// Its size.
+        got: usize,
+        /// The size it must have.
+        want: usize,
+    },
+    /// A dimension that is empty or too large to capture.
+    #[error("{operand} has {dim} size {got}, but a capture needs 1 to {most}")]
+    CaptureSize {
+        /// The tensor.
+        operand: Operand,
+        /// The dimension.
+        dim: Dim,
+        /// Its size.
+        got: usize,
+        /// The largest size.
+        most: usize,
+    },
+    /// A tensor of another element type than the capture kernel's.
+    #[error("{operand} is {got}, but this capture kernel is for {want}")]
+    CaptureDType {
+        /// The tensor.
+        operand: Operand,
+        /// Its element type.
+        got: DType,
+        /// The kernel's.
+        want: DType,
     },
     /// The plan was never scheduled.
     #[error("the plan has no work lists; run the schedule pass before launching it")]

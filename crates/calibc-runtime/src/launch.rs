@@ -238,7 +238,7 @@ impl LaunchArgs {
 }
 
 /// Checks one tensor and returns its batch, head and token strides; 0 along a dimension of size 1.
-fn check_tensor(operand: Operand, tensor: &DeviceTensor, device: u32) -> Result<[i64; 3], RuntimeError> {
+pub(crate) fn check_tensor(operand: Operand, tensor: &DeviceTensor, device: u32) -> Result<[i64; 3], RuntimeError> {
     let &DeviceTensor { ptr, dtype: _, device: got, ref shape, ref strides } = tensor;
     check_pointer(operand, ptr, ALIGN_BYTES, got, device)?;
     check_strides(operand, shape, strides, &Dim::ALL)?;
@@ -265,7 +265,7 @@ fn check_lse(lse: &DeviceLse, want: [usize; 3], device: u32) -> Result<[i64; 2],
     Ok(std::array::from_fn(|i| if lse.shape[i] > 1 { lse.strides[i] } else { 0 }))
 }
 
-fn check_pointer(operand: Operand, ptr: u64, align: u64, got: u32, want: u32) -> Result<(), RuntimeError> {
+pub(crate) fn check_pointer(operand: Operand, ptr: u64, align: u64, got: u32, want: u32) -> Result<(), RuntimeError> {
     if ptr == 0 {
         Err(RuntimeError::Null { operand })
     } else if !ptr.is_multiple_of(align) {
@@ -278,7 +278,12 @@ fn check_pointer(operand: Operand, ptr: u64, align: u64, got: u32, want: u32) ->
 }
 
 /// No used stride is negative, and the innermost one is 1.
-fn check_strides(operand: Operand, shape: &[usize], strides: &[i64], dims: &[Dim]) -> Result<(), RuntimeError> {
+pub(crate) fn check_strides(
+    operand: Operand,
+    shape: &[usize],
+    strides: &[i64],
+    dims: &[Dim],
+) -> Result<(), RuntimeError> {
     for ((&dim, &size), &stride) in dims.iter().zip(shape).zip(strides) {
         if size > 1 && stride < 0 {
             return Err(RuntimeError::NegativeStride { operand, dim, stride });
@@ -293,7 +298,7 @@ fn check_strides(operand: Operand, shape: &[usize], strides: &[i64], dims: &[Dim
 }
 
 /// The last element's address exists, and offsets to it fit a signed 64-bit byte count.
-fn check_extent(
+pub(crate) fn check_extent(
     operand: Operand,
     ptr: u64,
     element_bytes: u64,

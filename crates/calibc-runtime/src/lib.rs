@@ -11,6 +11,7 @@
 //! It never links the compiler, never allocates or waits in a launch, never owns a caller's stream or tensor, and without a
 //! driver it answers with [`RuntimeError::NoDriver`] where a GPU is asked for.
 
+mod capture;
 #[expect(unsafe_code, reason = "calls into the CUDA driver")]
 pub mod cuda;
 mod error;
@@ -21,6 +22,7 @@ mod tensor;
 mod tensor_map;
 
 pub use calibc_bundle::{Bundle, BundleError};
+pub use capture::{CaptureArgs, CaptureCall, CaptureCode, CaptureParams};
 pub use cuda::Engine;
 pub use error::{Dim, Operand, RuntimeError};
 pub use launch::{Call, LaunchArgs, LaunchPlan, Params, StepArg};

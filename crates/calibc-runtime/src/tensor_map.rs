@@ -29,7 +29,7 @@ impl TensorMapSpec {
             Operand::Q => (p.q, p.q_len, [p.q_token_stride, p.q_head_stride, p.q_batch_stride]),
             Operand::K => (p.k, p.kv_len, [p.k_token_stride, p.k_head_stride, p.k_batch_stride]),
             Operand::V => (p.v, p.kv_len, [p.v_token_stride, p.v_head_stride, p.v_batch_stride]),
-            Operand::Out | Operand::Lse => return None,
+            Operand::Out | Operand::Lse | Operand::Energy | Operand::Deviation => return None,
         };
         let head_dim = args.variant.head_dim;
         let panels = head_dim / abi::TENSOR_MAP_COLUMNS;

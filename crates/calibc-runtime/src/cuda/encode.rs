@@ -22,9 +22,22 @@ pub(super) fn tensor_maps(call: &Call<'_>, args: &LaunchArgs) -> Result<[sys::CU
     let mut maps = [sys::CUtensorMap { opaque: [0; 16] }; 3];
     for (to, (operand, tensor)) in maps.iter_mut().zip(MAPPED.into_iter().zip([call.q, call.k, call.v])) {
         let spec = TensorMapSpec::new(args, operand).expect("inputs have a map");
-        encode(to, &spec).map_err(|error| refused(operand, tensor, error))?;
+        tensor_map(to, &spec, operand, tensor)?;
     }
     Ok(maps)
+}
+
+/// Writes one map.
+///
+/// # Errors
+/// [`RuntimeError::TensorMap`] if the driver refuses it.
+pub(super) fn tensor_map(
+    to: &mut sys::CUtensorMap,
+    spec: &TensorMapSpec,
+    operand: Operand,
+    tensor: &DeviceTensor,
+) -> Result<(), RuntimeError> {
+    encode(to, spec).map_err(|error| refused(operand, tensor, error))
 }
 
 fn encode(to: &mut sys::CUtensorMap, spec: &TensorMapSpec) -> Result<(), DriverError> {

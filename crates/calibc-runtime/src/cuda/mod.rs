@@ -4,10 +4,12 @@
 //! [`crate::RuntimeError::NoDriver`] when it asks for one. Everything lives in the device's primary context, which is also PyTorch's, so
 //! pointers and streams pass freely between the two. No function changes the calling thread's current context.
 
+mod capture;
 mod device;
 mod encode;
 mod engine;
 mod tables;
 
+pub use capture::CaptureKernel;
 pub use device::{Device, DeviceBuffer, DeviceInfo, Stream, Timer};
 pub use engine::Engine;

@@ -5,6 +5,7 @@
 //!
 //! [`masked`] is a second, naive implementation that shares nothing with this one.
 
+pub mod capture;
 pub mod masked;
 mod tile;
 
