@@ -15,6 +15,8 @@ from calibc.errors import BadInput, Usage
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK = 128
 """Tokens per block, for queries and for keys. The last block of a sequence may be shorter."""
+MAX_TOKENS = 1 << 22
+"""Longest sequence of a plan."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +84,9 @@ def plan_from_mask(
         raise Usage(f"kernels take bfloat16 or float16, not {dtype} (the CPU reference takes float32 tensors with either plan)")
     if mask.dtype != torch.bool or mask.dim() != 3:
         raise BadInput(f"a mask is bool [heads, q_blocks, kv_blocks], not {mask.dtype} {list(mask.shape)}")
+    for name, tokens in (("q_len", q_len), ("kv_len", kv_len)):
+        if not 0 < tokens <= MAX_TOKENS:
+            raise BadInput(f"{name} is {tokens}; a sequence has 1 to {MAX_TOKENS} tokens")
     gpu = _gpu(mask, device)
     blocks = mask.detach().to("cpu").contiguous()
     bundle = _native.plan_from_mask(

@@ -152,7 +152,6 @@ pub(crate) fn reference_attention(
     scale: Option<f32>,
 ) -> PyResult<()> {
     let loaded = loaded(py, handle)?;
-    let to = Written::new(py, &out, q.3)?;
     let want = q.element(py, Operand::Q)?;
     for (operand, tensor) in [(Operand::K, &k), (Operand::V, &v), (Operand::Out, &out)] {
         if tensor.element(py, operand)? != want {
@@ -160,6 +159,7 @@ pub(crate) fn reference_attention(
             return Err(bad_input(py, message));
         }
     }
+    let to = Written::new(py, &out, q.3)?;
     // SAFETY: `calibc.ops` describes tensors it holds through the call.
     let [q, k, v] = unsafe { [q.on_host(py, Operand::Q)?, k.on_host(py, Operand::K)?, v.on_host(py, Operand::V)?] };
     let options = Options { softmax_scale: scale, round_to: None };
