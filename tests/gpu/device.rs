@@ -1,10 +1,12 @@
 //! A problem on the GPU: inputs among NaN, outputs poisoned, guard bands on both sides.
 
+use std::sync::Arc;
+
 use anyhow::{Context, ensure};
 use calibc_bundle::{Bundle, Contents, Kernel, encode};
 use calibc_ir::{DType, Plan};
 use calibc_runtime::cuda::{Device, DeviceBuffer, Stream};
-use calibc_runtime::{DeviceLse, DeviceTensor, Engine, StepArg};
+use calibc_runtime::{DeviceLse, DeviceTensor, Engine, RuntimeError, StepArg};
 
 use crate::problem::{Inputs, Problem, widen};
 
@@ -70,8 +72,8 @@ pub(crate) fn bundle(problem: &Problem, plan: &Plan, kernel: &Kernel) -> anyhow:
 /// A problem whose tensors lie on the GPU.
 pub(crate) struct Loaded<'a> {
     problem: &'a Problem,
-    engine: Engine,
-    stream: Stream,
+    engine: Arc<Engine>,
+    stream: Arc<Stream>,
     places: [Place; 2],
     inputs: [DeviceBuffer; 3],
     out: DeviceBuffer,
@@ -88,6 +90,17 @@ impl<'a> Loaded<'a> {
         inputs: &Inputs,
     ) -> anyhow::Result<Self> {
         let engine = Engine::new(device.ordinal(), &bundle(problem, plan, kernel)?)?;
+        Self::on(Arc::new(engine), Arc::new(Stream::new(device)?), problem, inputs)
+    }
+
+    /// A problem with tensors of its own, for an engine and a stream that others may use too.
+    pub(crate) fn on(
+        engine: Arc<Engine>,
+        stream: Arc<Stream>,
+        problem: &'a Problem,
+        inputs: &Inputs,
+    ) -> anyhow::Result<Self> {
+        let device = engine.device();
         let mut places = problem.shapes().map(|shape| Place::new(shape, problem.token_major, problem.gaps));
         if problem.one_kv_head {
             places[1].strides[1] = 0;
@@ -101,16 +114,17 @@ impl<'a> Loaded<'a> {
         };
         let [q, kv] = &places;
         let d = problem.head_dim as usize;
-        Ok(Self {
-            problem,
-            stream: Stream::new(device)?,
-            inputs: [upload(q, &inputs.data[0], d)?, upload(kv, &inputs.data[1], d)?, upload(kv, &inputs.data[2], d)?],
-            out: device.alloc(q.elements * 2)?,
-            lse: device.alloc((q.shape[..3].iter().product::<usize>() + 2 * GUARD) * 4)?,
-            step: device.upload(&[problem.step.0])?,
-            engine,
-            places,
-        })
+        let (out, lse, step) = (
+            device.alloc(q.elements * 2)?,
+            device.alloc((q.shape[..3].iter().product::<usize>() + 2 * GUARD) * 4)?,
+            device.upload(&[problem.step.0])?,
+        );
+        let inputs = [upload(q, &inputs.data[0], d)?, upload(kv, &inputs.data[1], d)?, upload(kv, &inputs.data[2], d)?];
+        Ok(Self { problem, stream, inputs, out, lse, step, engine, places })
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
     }
 
     pub(crate) fn stream(&self) -> &Stream {
@@ -127,15 +141,19 @@ impl<'a> Loaded<'a> {
         Ok(self.lse.fill(POISON)?)
     }
 
-    /// Submits the launch, the step from where the problem says or, if `on_device`, from device memory.
-    pub(crate) fn submit(&self, on_device: bool) -> Result<(), calibc_runtime::RuntimeError> {
+    /// Submits the launch, the step the problem's or, if `on_device`, from device memory.
+    pub(crate) fn submit(&self, on_device: bool) -> Result<(), RuntimeError> {
+        self.submit_at(if on_device { StepArg::Device(self.step.ptr()) } else { StepArg::Host(self.problem.step.0) })
+    }
+
+    /// Submits the launch at any step.
+    pub(crate) fn submit_at(&self, step: StepArg) -> Result<(), RuntimeError> {
         let device = self.engine.device().ordinal();
         let [q, kv] = &self.places;
         let dtype = self.problem.dtype;
         let [q_in, k_in, v_in] = &self.inputs;
         let [batch, heads, tokens, _] = q.shape;
         let lse = DeviceLse::contiguous(self.lse.ptr() + 4 * GUARD as u64, device, [batch, heads, tokens]);
-        let step = if on_device { StepArg::Device(self.step.ptr()) } else { StepArg::Host(self.problem.step.0) };
         #[expect(unsafe_code, reason = "raw device pointers")]
         // SAFETY: every buffer and the stream live in `self`, places lie inside their buffers by construction, and callers
         // synchronise the stream before they touch a buffer again.

@@ -12,6 +12,7 @@ mod device;
 mod graph;
 mod kernels;
 mod problem;
+mod window;
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -215,7 +216,8 @@ fn variants(work: &[(Problem, Plan)]) -> Vec<Variant> {
 /// Without a GPU: where a folder for kernels is named, fills it for another machine.
 fn prepare() {
     if std::env::var_os("CALIBC_TEST_KERNELS").is_some() {
-        let work: Vec<(Problem, Plan)> = problems().into_iter().map(|p| (p.clone(), p.plan())).collect();
+        let more = [window::problem(), every_tail_of(Problem::new(0))];
+        let work: Vec<(Problem, Plan)> = problems().into_iter().chain(more).map(|p| (p.clone(), p.plan())).collect();
         let arch = kernels::arch_for((9, 0)).unwrap();
         let kernels = kernels::kernels(&variants(&work), arch).unwrap();
         print(&format!("{} kernels for {arch} are ready\n", kernels.len()));

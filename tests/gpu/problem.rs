@@ -86,6 +86,8 @@ pub(crate) struct Problem {
     /// Unused elements between rows and between heads.
     pub(crate) gaps: bool,
     pub(crate) step_on_device: bool,
+    /// Steps of the plan.
+    pub(crate) steps: u32,
     pub(crate) step: StepId,
     pub(crate) layer: LayerId,
     pub(crate) softmax_scale: Option<f32>,
@@ -156,6 +158,7 @@ impl Problem {
             token_major: switch(3),
             gaps: n.below(2) == 1,
             step_on_device: n.below(2) == 1,
+            steps: STEPS,
             step: StepId(n.below(u64::from(STEPS)) as u32),
             layer: LayerId(n.below(u64::from(LAYERS)) as u32),
             softmax_scale: n.pick(&[None, None, None, Some(0.06)]),
@@ -188,7 +191,7 @@ impl Problem {
             Model { name: "suite".into(), layers: LAYERS, heads: self.heads.len() as u32, head_dim: self.head_dim };
         let problem = self.clone();
         let source = move |site: Site| problem.site(site);
-        let plan = Plan::dense(model, self.geometry, vec![1.0; STEPS as usize]);
+        let plan = Plan::dense(model, self.geometry, vec![1.0; self.steps as usize]);
         standard(&Policy::Explicit(Explicit::new(source)), &Target::default())
             .run(plan, &NoCalibration, Hooks::default())
             .expect("problems are valid plans")

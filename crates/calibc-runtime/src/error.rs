@@ -3,7 +3,8 @@
 use std::fmt;
 
 use calibc_bundle::BundleError;
-use calibc_ir::{DType, LayerId, StepId};
+use calibc_ir::verify::VerifyError;
+use calibc_ir::{DType, LayerId, StepId, Variant};
 use thiserror::Error;
 
 /// One of the tensors of a call.
@@ -244,6 +245,35 @@ pub enum RuntimeError {
         /// The scale.
         scale: f32,
     },
+    /// A window that cannot hold a step and the next.
+    #[error("a window of {steps} steps cannot hold the next step beside the one that runs; it needs at least 2")]
+    Window {
+        /// Its size.
+        steps: u32,
+    },
+    /// A stream is being captured into a graph, which would outlive the window of steps it reads.
+    #[error(
+        "step {step} cannot be captured into a graph by an engine that holds a window of steps; keep all steps resident, \
+         or read the step from device memory and enter it before each replay, outside of any capture"
+    )]
+    CapturedStep {
+        /// The step.
+        step: u32,
+    },
+    /// The bundle's kernels were not made for what the plan has.
+    #[error("the bundle's kernels {} do not serve this plan: {what}", joined(.available))]
+    Unserved {
+        /// What they lack.
+        what: String,
+        /// The bundle's variants.
+        available: Vec<Variant>,
+    },
+    /// The plan contradicts itself.
+    #[error("the plan is not valid: {error}")]
+    Invalid {
+        /// The first error the verifier found.
+        error: VerifyError,
+    },
     /// A number of sampled rows that capture kernels do not have.
     #[error("a capture of {rows} rows per block is not possible; use 16, 32, 64 or 128 (all)")]
     RowsPerBlock {
@@ -364,6 +394,10 @@ pub enum RuntimeError {
 
 fn range(min: u32, max: u32) -> String {
     if min == max { format!("exactly {max}") } else { format!("{min} to {max}") }
+}
+
+fn joined(variants: &[Variant]) -> String {
+    variants.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn with(lse: bool) -> &'static str {

@@ -105,8 +105,8 @@ pub struct LaunchPlan {
 }
 
 impl LaunchPlan {
-    /// Prepares a scheduled plan that has passed the verifier.
-    pub fn new(plan: &Plan) -> Result<Self, RuntimeError> {
+    /// Prepares a scheduled plan that has passed the verifier for kernels of `variants`.
+    pub fn new(plan: &Plan, variants: &[Variant]) -> Result<Self, RuntimeError> {
         let schedule = plan.schedule.as_ref().ok_or(RuntimeError::Unscheduled)?;
         let items: Vec<u32> = schedule.list_of.iter().map(|&list| schedule.list(list).len() as u32).collect();
         let num_layers = plan.model.layers as usize;
@@ -120,13 +120,18 @@ impl LaunchPlan {
             num_layers: plan.model.layers,
             num_q_blocks: plan.geometry.num_q_blocks(),
             num_kv_blocks: plan.geometry.num_kv_blocks(),
-            variants: plan.variants.clone(),
+            variants: variants.to_vec(),
             items,
             longest,
         })
     }
 
-    /// The plan's variant for an element type, with or without log-sum-exp output.
+    /// Whether `step` is one of the plan's.
+    pub fn check_step(&self, step: u32) -> Result<(), RuntimeError> {
+        if step < self.num_steps { Ok(()) } else { Err(RuntimeError::Step { step, num_steps: self.num_steps }) }
+    }
+
+    /// The variant for an element type, with or without log-sum-exp output.
     fn variant(&self, dtype: DType, lse: bool) -> Result<Variant, RuntimeError> {
         let fits = |v: &&Variant| v.dtype == dtype && v.lse == lse;
         self.variants.iter().find(fits).copied().ok_or(RuntimeError::NoVariant { dtype, lse })
@@ -152,10 +157,10 @@ impl LaunchArgs {
             return Err(RuntimeError::Layer { layer, num_layers: plan.num_layers });
         }
         let (step, step_ptr, items) = match step {
-            StepArg::Host(step) if step >= plan.num_steps => {
-                return Err(RuntimeError::Step { step, num_steps: plan.num_steps });
+            StepArg::Host(step) => {
+                plan.check_step(step)?;
+                (step, 0, plan.items[(step * plan.num_layers + layer) as usize])
             }
-            StepArg::Host(step) => (step, 0, plan.items[(step * plan.num_layers + layer) as usize]),
             StepArg::Device(ptr) if ptr == 0 || !ptr.is_multiple_of(4) => {
                 return Err(RuntimeError::StepPointer { ptr });
             }
@@ -425,7 +430,7 @@ mod tests {
             let plan = plan(text_position);
             let tokens = plan.geometry.q_tokens() as usize;
             Self {
-                plan: LaunchPlan::new(&plan).unwrap(),
+                plan: LaunchPlan::new(&plan, &plan.variants).unwrap(),
                 step: StepArg::Host(0),
                 layer: 2,
                 tensors: [DeviceTensor::bshd(PTR, DType::Bf16, 1, [2, 2, tokens, 64]); 4],
@@ -529,7 +534,7 @@ mod tests {
         }
         let mut unscheduled = plan(TextPosition::None);
         unscheduled.schedule = None;
-        assert!(matches!(LaunchPlan::new(&unscheduled), Err(RuntimeError::Unscheduled)));
+        assert!(matches!(LaunchPlan::new(&unscheduled, &[]), Err(RuntimeError::Unscheduled)));
     }
 
     #[test]

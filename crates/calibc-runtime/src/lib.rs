@@ -17,7 +17,9 @@ pub mod cuda;
 mod error;
 mod launch;
 pub mod reference;
+mod residency;
 mod shape;
+mod step_image;
 mod tensor;
 mod tensor_map;
 
@@ -26,5 +28,6 @@ pub use capture::{CaptureArgs, CaptureCall, CaptureCode, CaptureParams};
 pub use cuda::Engine;
 pub use error::{Dim, Operand, RuntimeError};
 pub use launch::{Call, LaunchArgs, LaunchPlan, Params, StepArg};
+pub use residency::Residency;
 pub use tensor::{DeviceLse, DeviceTensor, HostData, HostTensor};
 pub use tensor_map::TensorMapSpec;

@@ -37,7 +37,8 @@ fn counting_counts() {
 #[test]
 fn a_launch_allocates_nothing_before_the_driver_sees_it() {
     for head_dim in calibc_ir::HEAD_DIMS {
-        let plan = LaunchPlan::new(&plan(head_dim)).unwrap();
+        let plan = plan(head_dim);
+        let plan = LaunchPlan::new(&plan, &plan.variants).unwrap();
         let mut launches = 0;
         let ((), asked) = allocations(|| {
             for (dtype, lse, token_major, batch, tokens) in DType::ALL.into_iter().flat_map(|dtype| {

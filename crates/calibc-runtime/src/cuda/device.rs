@@ -52,6 +52,8 @@ pub struct DeviceInfo {
     pub memory_bytes: u64,
     /// L2 cache in bytes.
     pub l2_bytes: u64,
+    /// Highest clock of the multiprocessors in MHz; 0 where the driver does not say.
+    pub max_clock_mhz: u32,
 }
 
 #[derive(Debug)]
@@ -151,7 +153,18 @@ impl Device {
             multiprocessors: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             memory_bytes: memory.map_err(failed("read the GPU's memory size"))? as u64,
             l2_bytes: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.into(),
+            max_clock_mhz: self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)? / 1000,
         })
+    }
+
+    /// Where it is on the PCI bus, such as `0000:3B:00.0`: what tools of the driver know it by.
+    pub fn pci_bus_id(&self) -> Result<String, RuntimeError> {
+        let mut text = [0; 32];
+        // SAFETY: `device` comes from cuDeviceGet, and the driver ends what it writes within the length it is given.
+        unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as i32, self.primary.device) }
+            .result()
+            .map_err(failed("read the GPU's place on the bus"))?;
+        Ok(text.iter().take_while(|&&c| c != 0).map(|&c| c as u8 as char).collect())
     }
 
     /// An attribute that is never negative.
@@ -187,6 +200,18 @@ impl Device {
         let ptr = unsafe { result::malloc_sync(bytes.max(1)) };
         let ptr = ptr.map_err(failed(&format!("allocate {bytes} bytes of GPU memory")))?;
         Ok(DeviceBuffer { device: self.clone(), ptr, bytes })
+    }
+
+    /// Allocates host memory that the GPU reads while the host goes on, all zeros.
+    pub(super) fn pinned(&self, words: usize) -> Result<Pinned, RuntimeError> {
+        let _current = self.bind()?;
+        let bytes = 4 * words.max(1);
+        // SAFETY: a context is current; the address is owned by the value made of it.
+        let ptr = unsafe { result::malloc_host(bytes, 0) };
+        let ptr = ptr.map_err(failed(&format!("allocate {bytes} bytes of pinned host memory")))?.cast::<u32>();
+        // SAFETY: the allocation has that many bytes, aligned to a page.
+        unsafe { ptr.write_bytes(0, words.max(1)) };
+        Ok(Pinned { device: self.clone(), ptr, words })
     }
 
     /// Allocates a copy of `data`.
@@ -281,104 +306,39 @@ impl Drop for DeviceBuffer {
     }
 }
 
-/// A stream of its own, destroyed on drop.
+/// Pinned host memory, freed on drop. The owner keeps it until the copies from it are done.
 #[derive(Debug)]
-pub struct Stream {
+pub(super) struct Pinned {
     device: Device,
-    raw: sys::CUstream,
+    ptr: *mut u32,
+    words: usize,
 }
 
-// SAFETY: driver handles may be used from any thread; the struct never changes after creation.
-unsafe impl Send for Stream {}
-// SAFETY: as above.
-unsafe impl Sync for Stream {}
+// SAFETY: plain memory with one owner; it is written through `&mut self` alone.
+unsafe impl Send for Pinned {}
 
-impl Stream {
-    /// A stream that does not wait for the default stream.
-    pub fn new(device: &Device) -> Result<Self, RuntimeError> {
-        let _current = device.bind()?;
-        let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("create a stream"))?;
-        Ok(Self { device: device.clone(), raw })
+impl Pinned {
+    /// The words.
+    pub(super) fn words(&self) -> &[u32] {
+        // SAFETY: `Device::pinned` allocated and initialised that many words, which live until `self` is dropped.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.words) }
     }
 
-    /// Its `CUstream` handle, as [`crate::cuda::Engine::attention`] takes it.
-    pub fn raw(&self) -> u64 {
-        self.raw as usize as u64
-    }
-
-    /// Waits for everything submitted to it.
-    pub fn synchronize(&self) -> Result<(), RuntimeError> {
-        let _current = self.device.bind()?;
-        // SAFETY: created by `Stream::new`, destroyed only on drop.
-        unsafe { result::stream::synchronize(self.raw) }.map_err(failed("wait for a stream"))
+    /// The words, to be written before any copy from them is submitted.
+    pub(super) fn words_mut(&mut self) -> &mut [u32] {
+        // SAFETY: as above, and `&mut self` is the only access of the host's.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.words) }
     }
 }
 
-impl Drop for Stream {
+impl Drop for Pinned {
     fn drop(&mut self) {
-        let destroyed = self.device.bind().and_then(|_current| {
-            // SAFETY: created by `Stream::new`, owned by this value, destroyed once. Submitted work still completes.
-            unsafe { result::stream::destroy(self.raw) }.map_err(failed("destroy a stream"))
+        let freed = self.device.bind().and_then(|_current| {
+            // SAFETY: allocated by `Device::pinned`, owned by this value, freed once.
+            unsafe { result::free_host(self.ptr.cast()) }.map_err(failed("free pinned host memory"))
         });
-        if let Err(error) = destroyed {
-            tracing::debug!(%error, "a stream was not destroyed");
-        }
-    }
-}
-
-/// Measures GPU time on one stream, with two events.
-#[derive(Debug)]
-pub struct Timer {
-    device: Device,
-    events: [sys::CUevent; 2],
-}
-
-// SAFETY: driver handles may be used from any thread; recording takes `&mut self`.
-unsafe impl Send for Timer {}
-
-impl Timer {
-    /// A timer for streams of `device`.
-    pub fn new(device: &Device) -> Result<Self, RuntimeError> {
-        let mut timer = Self { device: device.clone(), events: [std::ptr::null_mut(); 2] };
-        let _current = device.bind()?;
-        for event in &mut timer.events {
-            let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-            *event = result::event::create(flags).map_err(failed("create an event"))?;
-        }
-        Ok(timer)
-    }
-
-    /// Milliseconds the GPU spends on what `submit` puts on `stream`; waits until that is done.
-    pub fn measure(
-        &mut self,
-        stream: &Stream,
-        submit: impl FnOnce() -> Result<(), RuntimeError>,
-    ) -> Result<f32, RuntimeError> {
-        let _current = self.device.bind()?;
-        let [start, end] = self.events;
-        // SAFETY: both events were created in `new`; the stream lives through the call.
-        unsafe { result::event::record(start, stream.raw) }.map_err(failed("record an event"))?;
-        submit()?;
-        // SAFETY: as above.
-        unsafe { result::event::record(end, stream.raw) }.map_err(failed("record an event"))?;
-        // SAFETY: as above.
-        unsafe { result::event::synchronize(end) }.map_err(failed("wait for an event"))?;
-        // SAFETY: as above; both were recorded on one stream and the later one is done.
-        unsafe { result::event::elapsed(start, end) }.map_err(failed("read the time between two events"))
-    }
-}
-
-impl Drop for Timer {
-    fn drop(&mut self) {
-        let destroyed = self.device.bind().and_then(|_current| {
-            for &event in self.events.iter().filter(|event| !event.is_null()) {
-                // SAFETY: created in `new`, owned by this value, destroyed once.
-                unsafe { result::event::destroy(event) }.map_err(failed("destroy an event"))?;
-            }
-            Ok(())
-        });
-        if let Err(error) = destroyed {
-            tracing::debug!(%error, "an event was not destroyed");
+        if let Err(error) = freed {
+            tracing::debug!(%error, "pinned host memory was not freed");
         }
     }
 }

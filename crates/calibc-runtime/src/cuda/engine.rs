@@ -1,14 +1,17 @@
 //! A bundle on one GPU.
 
 use calibc_bundle::{Bundle, Kernel};
-use calibc_ir::{BlockMask, Family, Variant, abi};
+use calibc_ir::verify::verify;
+use calibc_ir::{AnchorTable, BlockMask, Family, Plan, Variant, abi};
 use cudarc::driver::{result, sys};
 
 use super::device::{Device, DeviceInfo, Module, failed};
 use super::encode::tensor_maps;
+use super::stream::handle;
 use super::tables::Tables;
 use crate::error::RuntimeError;
 use crate::launch::{Call, LaunchArgs, LaunchPlan, Params, StepArg};
+use crate::residency::Residency;
 use crate::tensor::{DeviceLse, DeviceTensor};
 
 /// One kernel, ready to launch.
@@ -39,7 +42,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads the kernels that fit GPU `device`, of each variant the best one ([`Bundle::kernel_for`]), and uploads the plan's tables.
+    /// Loads the kernels that fit GPU `device`, of each variant the best one ([`Bundle::kernel_for`]), and uploads the tables of
+    /// all steps of the bundle's plan.
     ///
     /// The bundle's cubins are machine code that will run on the GPU with this program's rights. A digest shows that a bundle is
     /// as it was written, not who wrote it: load bundles only from where you would load a program.
@@ -48,12 +52,45 @@ impl Engine {
     /// No driver, no such GPU, no kernel for this GPU in the bundle, a GPU too small for the kernels or tables, or a driver that
     /// refuses the machine code.
     pub fn new(device: u32, bundle: &Bundle) -> Result<Self, RuntimeError> {
+        Self::with_residency(device, bundle, Residency::All)
+    }
+
+    /// As [`Engine::new`], with the tables of a window of steps in GPU memory and those of all steps in pinned host memory.
+    ///
+    /// Launches at a step known on the host find it in the window or bring it there, and the step that came next last time (at
+    /// first: the one after) is uploaded behind their back. Steps in device memory are the caller's to announce:
+    /// [`Engine::enter`]. A window as long as the plan is [`Residency::All`].
+    ///
+    /// # Errors
+    /// As for [`Engine::new`]; a window of less than two steps; a host that has too little memory to pin.
+    pub fn with_residency(device: u32, bundle: &Bundle, residency: Residency) -> Result<Self, RuntimeError> {
+        Self::build(device, bundle, bundle.plan(), &bundle.plan().variants, bundle.anchor_table(), residency)
+    }
+
+    /// As [`Engine::new`], for another plan than the bundle's: kernels serve any plan of their head dimension. It takes those of
+    /// the bundle's variants that have what `plan` needs; `plan.variants` is not looked at.
+    ///
+    /// # Errors
+    /// As for [`Engine::new`]; a plan that the verifier turns down or that was not scheduled; kernels that do not serve it.
+    pub fn for_plan(device: u32, bundle: &Bundle, plan: &Plan) -> Result<Self, RuntimeError> {
+        let variants = serving(&bundle.plan().variants, plan)?;
+        let anchors = plan.anchors().map(|anchors| AnchorTable::new(&plan.geometry, anchors));
+        Self::build(device, bundle, plan, &variants, anchors.as_ref(), Residency::All)
+    }
+
+    fn build(
+        device: u32,
+        bundle: &Bundle,
+        plan: &Plan,
+        variants: &[Variant],
+        anchors: Option<&AnchorTable>,
+        residency: Residency,
+    ) -> Result<Self, RuntimeError> {
         let device = Device::open(device)?;
         let info = device.info()?;
-        let plan = bundle.plan();
-        let launch_plan = LaunchPlan::new(plan)?;
+        let launch_plan = LaunchPlan::new(plan, variants)?;
         let mask_row_bytes = 4 * BlockMask::words_for(plan.geometry.num_kv_blocks()) as u64;
-        let kernels = (plan.variants.iter())
+        let kernels = (variants.iter())
             .map(|variant| {
                 let kernel = bundle.kernel_for(info.compute_capability, variant)?;
                 let more = match kernel.family {
@@ -63,11 +100,12 @@ impl Engine {
                 load(&device, kernel, u64::from(kernel.shared_bytes) + more)
             })
             .collect::<Result<Vec<_>, RuntimeError>>()?;
-        let tables = Tables::upload(&device, plan, bundle.anchor_table())?;
+        let tables = Tables::upload(&device, plan, anchors, residency)?;
         tracing::debug!(
             gpu = info.name,
             kernels = kernels.len(),
-            table_bytes = tables.bytes(),
+            device_bytes = tables.device_bytes(),
+            host_bytes = tables.host_bytes(),
             "bundle loaded onto the GPU"
         );
         Ok(Self { device, info, plan: launch_plan, kernels, tables })
@@ -90,7 +128,47 @@ impl Engine {
 
     /// Device memory the plan's tables take, in bytes.
     pub fn table_bytes(&self) -> usize {
-        self.tables.bytes()
+        self.tables.device_bytes()
+    }
+
+    /// Pinned host memory the plan's tables take, in bytes; none where all steps are resident.
+    pub fn pinned_bytes(&self) -> usize {
+        self.tables.host_bytes()
+    }
+
+    /// Announces that work submitted to `stream` from now on runs at `step`. Needed before launches with [`StepArg::Device`], graph
+    /// replays among them, by an engine that holds a window of steps; with all steps resident it does nothing.
+    ///
+    /// `stream` waits, on the GPU, until the step is there, and the step that came next last time is uploaded ahead. Everything
+    /// `stream` was given before counts as reading the window. A launch at a step that was never announced writes nothing, as one
+    /// past the last step.
+    ///
+    /// # Errors
+    /// A step that is not the plan's; a stream that is being captured into a graph; a failure of the driver.
+    ///
+    /// # Safety
+    /// `stream` is a live stream of the GPU's primary context, or 0. Work that reads its step from device memory and was submitted
+    /// to other streams, or replayed there, is complete or was made to run before what `stream` is given next.
+    pub unsafe fn enter(&self, step: u32, stream: u64) -> Result<(), RuntimeError> {
+        self.plan.check_step(step)?;
+        let _current = self.device.bind()?;
+        // SAFETY: the context is current, and the stream is the caller's promise.
+        unsafe { self.tables.enter(step, handle(stream)) }
+    }
+
+    /// Starts to upload what `step` needs, in the place of any step but the one at work, for callers who know better than this
+    /// engine what comes next. With all steps resident it does nothing.
+    ///
+    /// # Errors
+    /// As for [`Engine::enter`].
+    ///
+    /// # Safety
+    /// As for [`Engine::enter`].
+    pub unsafe fn prefetch(&self, step: u32, stream: u64) -> Result<(), RuntimeError> {
+        self.plan.check_step(step)?;
+        let _current = self.device.bind()?;
+        // SAFETY: the context is current, and the stream is the caller's promise.
+        unsafe { self.tables.prefetch(step, handle(stream)) }
     }
 
     /// Runs all heads of `layer` at `step` in one launch on `stream` (a `CUstream`, borrowed; 0 is the default stream).
@@ -98,7 +176,8 @@ impl Engine {
     /// `q` and `out` are `[batch, heads, q_tokens, head_dim]`, `k` and `v` `[batch, heads, kv_tokens, head_dim]`, in any order in
     /// memory whose innermost dimension is contiguous; `lse`, if given, gets the natural-log sum of exponentials
     /// `[batch, heads, q_tokens]`. Every row of `out` and `lse` is written. Asynchronous: nothing is allocated, nothing waits, so
-    /// the call can be captured into a graph; with [`StepArg::Device`] replays follow the step in memory.
+    /// the call can be captured into a graph; with [`StepArg::Device`] replays follow the step in memory. (An engine with a window
+    /// of steps refuses to have a step known on the host captured: replays would outlive its place in the window.)
     ///
     /// # Errors
     /// Whatever does not fit the plan, each with its own error, before anything is launched. A failure of work submitted earlier
@@ -110,7 +189,8 @@ impl Engine {
     ///   [`StepArg::Device`] address holds a readable `u32`;
     /// * nothing else writes q, k, v or the step, or touches `out` and `lse`, which overlap neither the inputs nor each other;
     /// * `stream` is a live stream of the GPU's primary context, or 0;
-    /// * the engine is not dropped while a graph may still be replayed.
+    /// * the engine is not dropped while a graph may still be replayed;
+    /// * where the engine holds a window of steps, a step in device memory is the one that was announced by [`Engine::enter`].
     #[expect(clippy::too_many_arguments, reason = "one launch: where in the plan, five tensors, two settings")]
     pub unsafe fn attention(
         &self,
@@ -132,7 +212,7 @@ impl Engine {
         let kernel = kernel.ok_or(RuntimeError::NoVariant { dtype, lse })?;
         let grid = args.grid(kernel.family, self.info.multiprocessors);
         let _current = self.device.bind()?;
-        let stream = stream as usize as sys::CUstream;
+        let stream = handle(stream);
         let mut maps = match kernel.family {
             Family::Portable => None,
             Family::Hopper => Some(tensor_maps(&call, &args)?),
@@ -144,20 +224,25 @@ impl Engine {
             arguments[count] = (&raw mut *map).cast();
             count += 1;
         }
-        // SAFETY: a portable kernel takes one `Params` by value, a Hopper kernel three tensor maps more, whose layouts are those the
-        // bundle was opened for (`abi::describe`) and which the driver copies before it returns; its tables are held by `self`, its
-        // tensors were checked against the plan by `LaunchArgs::new`, and that they are what they claim is the caller's promise.
-        unsafe {
-            result::launch_kernel(
-                kernel.function,
-                grid.into(),
-                (kernel.threads, 1, 1),
-                kernel.shared_bytes,
-                stream,
-                &mut arguments[..count],
-            )
-        }
-        .map_err(failed("launch the attention kernel"))
+        let launch = || {
+            // SAFETY: a portable kernel takes one `Params` by value, a Hopper kernel three tensor maps more, whose layouts are those
+            // the bundle was opened for (`abi::describe`) and which the driver copies before it returns; its tables are held by
+            // `self`, its tensors were checked against the plan by `LaunchArgs::new`, and that they are what they claim is the
+            // caller's promise.
+            unsafe {
+                result::launch_kernel(
+                    kernel.function,
+                    grid.into(),
+                    (kernel.threads, 1, 1),
+                    kernel.shared_bytes,
+                    stream,
+                    &mut arguments[..count],
+                )
+            }
+            .map_err(failed("launch the attention kernel"))
+        };
+        // SAFETY: the context is current, and the stream is the caller's promise.
+        unsafe { self.tables.launch(step, stream, launch) }
     }
 }
 
@@ -168,6 +253,24 @@ impl Drop for Engine {
             tracing::debug!(%error, "waiting for the GPU before unloading failed");
         }
     }
+}
+
+/// Those of a bundle's variants that serve `plan`, which must be valid: all it needs, of each element type the leanest.
+fn serving(variants: &[Variant], plan: &Plan) -> Result<Vec<Variant>, RuntimeError> {
+    // The verifier wants variants to have exactly what the plan needs; here they may have more.
+    let bare = Plan { variants: Vec::new(), ..plan.clone() };
+    if let Err(mut errors) = verify(&bare) {
+        return Err(RuntimeError::Invalid { error: errors.swap_remove(0) });
+    }
+    let (anchors, ragged, head_dim) = (plan.anchors().is_some(), plan.geometry.ragged(), plan.model.head_dim);
+    let serves = |v: &&Variant| v.head_dim == head_dim && v.anchors >= anchors && v.ragged >= ragged;
+    let serving: Vec<Variant> = variants.iter().filter(serves).copied().collect();
+    if serving.is_empty() {
+        let need = |on: bool, what: &str| if on { format!(", {what}") } else { String::new() };
+        let what = format!("head_dim {head_dim}{}{}", need(anchors, "anchor rows"), need(ragged, "ragged sequences"));
+        return Err(RuntimeError::Unserved { what: format!("it needs {what}"), available: variants.to_vec() });
+    }
+    Ok(serving)
 }
 
 /// Loads one kernel and lets it use the `need` bytes of dynamic shared memory it asks for.

@@ -8,8 +8,10 @@ mod capture;
 mod device;
 mod encode;
 mod engine;
+mod stream;
 mod tables;
 
 pub use capture::CaptureKernel;
-pub use device::{Device, DeviceBuffer, DeviceInfo, Stream, Timer};
+pub use device::{Device, DeviceBuffer, DeviceInfo};
 pub use engine::Engine;
+pub use stream::{Marks, Stream, Timer};
