@@ -21,13 +21,19 @@ from calibc.bundle import Bundle, compile
 from calibc.errors import BadInput, CalibcError, Environment, FileSystem, Internal, NotForThisGpu, Usage
 
 if TYPE_CHECKING:
+    from calibc.apply import FallbackWarning, NotCovered, SparseAttentionConfig, apply_sparse_attention, remove_sparse_attention
     from calibc.masks import Plan, block_sparse_attention, plan_from_mask
 
 # Names that need torch, by the module that has them.
 _LAZY = {
+    "FallbackWarning": "calibc.apply",
+    "NotCovered": "calibc.apply",
     "Plan": "calibc.masks",
+    "SparseAttentionConfig": "calibc.apply",
+    "apply_sparse_attention": "calibc.apply",
     "block_sparse_attention": "calibc.masks",
     "plan_from_mask": "calibc.masks",
+    "remove_sparse_attention": "calibc.apply",
 }
 
 __all__ = [
@@ -35,15 +41,20 @@ __all__ = [
     "Bundle",
     "CalibcError",
     "Environment",
+    "FallbackWarning",
     "FileSystem",
     "Internal",
+    "NotCovered",
     "NotForThisGpu",
     "Plan",
+    "SparseAttentionConfig",
     "Usage",
     "__version__",
+    "apply_sparse_attention",
     "block_sparse_attention",
     "compile",
     "plan_from_mask",
+    "remove_sparse_attention",
 ]
 
 
