@@ -119,7 +119,7 @@ impl Encoding {
 
     /// Appends `values` as they are stored. `log2-u8` takes the nearest code, without calling a logarithm, so that every
     /// platform writes the same bytes.
-    pub(crate) fn encode(self, values: &[f32], out: &mut Vec<u8>) {
+    pub fn encode(self, values: &[f32], out: &mut Vec<u8>) {
         match self {
             Self::Log2U8 => out.extend(values.iter().map(|&e| code(f64::from(e)))),
             Self::F16 => out.extend(values.iter().flat_map(|&e| f16::from_f32(e).to_le_bytes())),
