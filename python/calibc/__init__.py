@@ -21,7 +21,13 @@ from calibc.bundle import Bundle, compile
 from calibc.errors import BadInput, CalibcError, Environment, FileSystem, Internal, NotForThisGpu, Usage
 
 if TYPE_CHECKING:
-    from calibc.apply import FallbackWarning, NotCovered, SparseAttentionConfig, apply_sparse_attention, remove_sparse_attention
+    from calibc.apply import (
+        FallbackWarning,
+        NotCovered,
+        SparseAttentionConfig,
+        apply_sparse_attention,
+        remove_sparse_attention,
+    )
     from calibc.masks import Plan, block_sparse_attention, plan_from_mask
 
 # Names that need torch, by the module that has them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -41,7 +42,10 @@ class Plan:
 
     def mask(self) -> Tensor:
         """The mask, bool [H, q_blocks, kv_blocks], in CPU memory."""
-        heads = [torch.frombuffer(bytearray(self.bundle.mask(0, 0, head)), dtype=torch.bool) for head in range(self.bundle.heads)]
+        heads = [
+            torch.frombuffer(bytearray(self.bundle.mask(0, 0, head)), dtype=torch.bool)
+            for head in range(self.bundle.heads)
+        ]
         rows = -(-self.bundle.q_tokens // BLOCK)
         return torch.stack(heads).view(self.bundle.heads, rows, -1)
 
@@ -81,7 +85,9 @@ def plan_from_mask(
         Environment: There is no NVRTC, or the GPU is too old.
     """
     if dtype not in _NAMES:
-        raise Usage(f"kernels take bfloat16 or float16, not {dtype} (the CPU reference takes float32 tensors with either plan)")
+        raise Usage(
+            f"kernels take bfloat16 or float16, not {dtype} (the CPU reference takes float32 tensors with either plan)"
+        )
     if mask.dtype != torch.bool or mask.dim() != 3:
         raise BadInput(f"a mask is bool [heads, q_blocks, kv_blocks], not {mask.dtype} {list(mask.shape)}")
     for name, tokens in (("q_len", q_len), ("kv_len", kv_len)):
@@ -116,6 +122,18 @@ def _gpu(mask: Tensor, device: torch.device | str | int | None) -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None, return_lse: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None, *, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -137,8 +155,10 @@ def block_sparse_attention(
         BadInput: A tensor is not what the plan was made for; nothing has run then.
     """
     if return_lse:
-        return ops.attention_lse(q, k, v, plan.site, plan.step, scale)
-    return ops.attention(q, k, v, plan.site, plan.step, scale)
+        both: tuple[Tensor, Tensor] = ops.attention_lse(q, k, v, plan.site, plan.step, scale)
+        return both
+    out: Tensor = ops.attention(q, k, v, plan.site, plan.step, scale)
+    return out
 
 
 __all__ = ["BLOCK", "Plan", "block_sparse_attention", "plan_from_mask"]

@@ -82,13 +82,15 @@ def _run(
     scale: float | None,
 ) -> None:
     if not (site.is_cpu and site.dtype == torch.int64 and site.shape == (2,)):
-        raise Usage("site must be an int64 tensor [2] in CPU memory, from calibc.ops.site; do not move it with its module")
+        raise Usage(
+            "site must be an int64 tensor [2] in CPU memory, from calibc.ops.site; do not move it with its module"
+        )
     if step.dtype != torch.int32 or step.numel() != 1:
         raise Usage(f"step must be one int32, not {step.dtype} {list(step.shape)}")
     if not q.dim() == k.dim() == v.dim() == 4:
         raise BadInput("q, k and v must be [batch, heads, tokens, head_dim]")
     handle, layer = site.tolist()
-    tensors = [_described(x) for x in (q, k, v, out)]
+    tensors = _described(q), _described(k), _described(v), _described(out)
     to = 0 if lse is None else lse.data_ptr()
     if q.is_cuda:
         # A step in CPU memory is read now; one on a GPU only by the kernel.
@@ -114,7 +116,9 @@ def _described(x: Tensor) -> tuple[int, int, int, tuple[int, ...], tuple[int, ..
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What can be said without a plan, so that a traced graph fails where it is made."""
-    torch._check(q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must be [batch, heads, tokens, head_dim]")
+    torch._check(
+        q.dim() == 4 and k.dim() == 4 and v.dim() == 4, lambda: "q, k and v must be [batch, heads, tokens, head_dim]"
+    )
     torch._check(q.dtype == k.dtype == v.dtype, lambda: f"q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}")
 
 
@@ -125,9 +129,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float 
 
 
 @attention_lse.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     _check(q, k, v)
     return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 

@@ -116,12 +116,18 @@ class Compile(unittest.TestCase):
         manifest = json.loads((TRACES / "manifest.json").read_text())
         model, geometry, bundle = manifest["model"], manifest["geometry"], calibc.Bundle(self.path)
         self.assertEqual(bundle.model_name, model["name"])
-        self.assertEqual([bundle.layers, bundle.heads, bundle.head_dim], [model[n] for n in ("layers", "heads", "head_dim")])
-        self.assertEqual([bundle.frames, bundle.height, bundle.width], [geometry[n] for n in ("frames", "height", "width")])
+        self.assertEqual(
+            [bundle.layers, bundle.heads, bundle.head_dim], [model[n] for n in ("layers", "heads", "head_dim")]
+        )
+        self.assertEqual(
+            [bundle.frames, bundle.height, bundle.width], [geometry[n] for n in ("frames", "height", "width")]
+        )
         tokens = geometry["frames"] * geometry["height"] * geometry["width"]
         self.assertEqual((bundle.q_tokens, bundle.kv_tokens, bundle.text_tokens), (tokens, tokens, 0))
         self.assertEqual((bundle.text_position, bundle.layout), ("none", "raster"))
-        self.assertEqual((bundle.steps, bundle.sigmas), (len(manifest["steps"]), [s["sigma"] for s in manifest["steps"]]))
+        self.assertEqual(
+            (bundle.steps, bundle.sigmas), (len(manifest["steps"]), [s["sigma"] for s in manifest["steps"]])
+        )
         self.assertEqual(bundle.digest, self.bundle.digest)
         self.assertNotEqual(bundle.handle, self.bundle.handle)
         self.assertTrue(bundle.has_kernels((8, 0)) and bundle.has_kernels((8, 9)) and not bundle.has_kernels((9, 0)))
@@ -184,7 +190,13 @@ class Errors(unittest.TestCase):
                 (lambda: calibc.compile(TRACES, out=folder / "x", target="sm_1"), calibc.Usage, ValueError, 2, "sm_1"),
                 (lambda: calibc.Bundle(rubbish), calibc.BadInput, ValueError, 3, "rubbish"),
                 (lambda: calibc.Bundle.parse(b"rubbish"), calibc.BadInput, ValueError, 3, "not a"),
-                (lambda: calibc.compile(TRACES, folder / "x", nvrtc=folder), calibc.Environment, RuntimeError, 4, "nvrtc"),
+                (
+                    lambda: calibc.compile(TRACES, folder / "x", nvrtc=folder),
+                    calibc.Environment,
+                    RuntimeError,
+                    4,
+                    "nvrtc",
+                ),
                 (lambda: calibc.Bundle(folder / "none"), calibc.FileSystem, OSError, 5, "No such file"),
                 (lambda: calibc.compile(TRACES, out=folder), calibc.FileSystem, OSError, 5, "directory"),
             ]:

@@ -124,7 +124,9 @@ class Plans(unittest.TestCase):
         self.assertTrue(torch.equal(plan.mask(), mask))
         self.assertAlmostEqual(plan.density, mask.double().mean().item(), places=12)
         self.assertEqual(plan.dtype, torch.float16)
-        self.assertEqual((plan.bundle.heads, plan.bundle.head_dim, plan.bundle.steps, plan.bundle.layers), (3, 128, 1, 1))
+        self.assertEqual(
+            (plan.bundle.heads, plan.bundle.head_dim, plan.bundle.steps, plan.bundle.layers), (3, 128, 1, 1)
+        )
 
     def test_the_same_content_is_compiled_once(self):
         hits, misses, _ = _native.plan_cache_info()
@@ -373,7 +375,9 @@ class Steps(unittest.TestCase):
                 mask = bits.view(1, blocks(bundle.q_tokens), -1)
                 if mask.all():
                     continue
-                want, _ = masked_attention(q[:, head : head + 1, rows], k[:, head : head + 1], v[:, head : head + 1], mask[:, :1])
+                want, _ = masked_attention(
+                    q[:, head : head + 1, rows], k[:, head : head + 1], v[:, head : head + 1], mask[:, :1]
+                )
                 self.assertLess((out[:, head : head + 1, rows] - want).abs().max().item(), 1e-5)
                 checked += 1
         self.assertGreater(checked, 0)
