@@ -116,7 +116,7 @@ def plan_from_mask(
 def _gpu(mask: Tensor, device: torch.device | str | int | None) -> int | None:
     """Ordinal of the GPU a plan is for."""
     if device is not None:
-        return torch.cuda._utils._get_device_index(device, optional=True)
+        return ops._ordinal(device)
     if mask.is_cuda:
         return mask.get_device()
     return torch.cuda.current_device() if torch.cuda.is_available() else None

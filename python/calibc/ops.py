@@ -35,9 +35,33 @@ def site(bundle: Bundle, layer: int) -> Tensor:
     return torch.tensor([bundle.handle, layer], dtype=torch.int64)
 
 
-def load(bundle: Bundle, device: torch.device | str | int | None = None) -> None:
-    """Puts the kernels and tables of `bundle` onto a GPU, by default the current one. The first call there does it as well."""
-    _native.load(bundle.handle, torch.cuda._utils._get_device_index(device, optional=True))
+def load(bundle: Bundle, device: torch.device | str | int | None = None, resident_steps: int | None = None) -> None:
+    """Puts the kernels and tables of `bundle` onto a GPU, by default the current one. The first call there does it as well.
+
+    `resident_steps`: of how many steps, at least 2, the GPU holds the masks at a time; the next one's are uploaded from pinned
+    host memory while one runs. By default the GPU holds all. Whoever asks for fewer must announce each step with `enter`. A
+    bundle that is there already stays as it is.
+    """
+    _native.load(bundle.handle, _ordinal(device), resident_steps)
+
+
+def enter(bundle: Bundle, step: int, device: torch.device | str | int | None = None) -> None:
+    """Announces that work put on the current stream of a GPU from now on runs at `step`, before each denoising step and outside
+    of any capture. Waits for nothing. Where the GPU holds the masks of all steps, there is nothing to do.
+
+    Calls that read their step from GPU memory, and replays of graphs, must run at the step announced last. Work on other streams
+    that still reads an earlier step must be ordered before what the current stream is given next.
+    """
+    at = _ordinal(device)
+    _native.enter(bundle.handle, at, step, torch._C._cuda_getCurrentRawStream(at))
+
+
+def _ordinal(device: torch.device | str | int | None) -> int:
+    """Number of a GPU, by default the current one."""
+    named = torch.device("cuda" if device is None else device)
+    if named.type != "cuda":
+        raise Usage(f"{named} is not a GPU")
+    return torch.cuda.current_device() if named.index is None else named.index
 
 
 @torch.library.custom_op("calibc::attention", mutates_args=())
@@ -144,4 +168,4 @@ def _no_backward(ctx: object, *grads: Tensor) -> None:
 attention.register_autograd(_no_backward)
 attention_lse.register_autograd(_no_backward)
 
-__all__ = ["attention", "attention_lse", "load", "site"]
+__all__ = ["attention", "attention_lse", "enter", "load", "site"]

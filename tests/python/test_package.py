@@ -213,9 +213,9 @@ class Errors(unittest.TestCase):
         options = {"lse": False, "arch": None, "device": None, "portable": False}
         plan = _native.plan_from_mask(ctypes.addressof(kept), [1, 1, 1], 128, 128, 64, "bf16", **options)
         with self.assertRaises(calibc.Environment):
-            _native.load(plan.handle, 4096)
+            _native.load(plan.handle, 4096, None)
         with self.assertRaisesRegex(calibc.Usage, "no bundle has the handle -1"):
-            _native.load(-1, 0)
+            _native.load(-1, 0, None)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 use calibc_ir::{DType, LayerId, StepId};
 use calibc_runtime::reference::{self, Options};
-use calibc_runtime::{DeviceLse, DeviceTensor, HostData, HostTensor, Operand, RuntimeError, StepArg};
+use calibc_runtime::{DeviceLse, DeviceTensor, HostData, HostTensor, Operand, Residency, RuntimeError, StepArg};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 
@@ -95,10 +95,31 @@ fn loaded(py: Python<'_>, handle: i64) -> PyResult<std::sync::Arc<Loaded>> {
 }
 
 /// Makes the engine of a bundle on GPU `device`, unless it is there: kernels and tables are loaded, which waits for the GPU.
+/// `resident_steps`: of how many steps the GPU holds the tables at a time, all by default.
 #[pyfunction]
-pub(crate) fn load(py: Python<'_>, handle: i64, device: u32) -> PyResult<()> {
+pub(crate) fn load(py: Python<'_>, handle: i64, device: u32, resident_steps: Option<u32>) -> PyResult<()> {
     let loaded = loaded(py, handle)?;
-    py.detach(|| loaded.engine(device).map(drop)).map_err(|error| raise(py, error))
+    let residency = resident_steps.map_or(Residency::All, Residency::Window);
+    py.detach(|| loaded.load(device, residency).map(drop)).map_err(|error| raise(py, error))
+}
+
+/// GPU memory and pinned host memory that a bundle's tables take on GPU `device`, in bytes; zeros where it was not loaded.
+#[pyfunction]
+pub(crate) fn table_bytes(py: Python<'_>, handle: i64, device: u32) -> PyResult<(usize, usize)> {
+    let engine = loaded(py, handle)?.there(device);
+    Ok(engine.map_or((0, 0), |engine| (engine.table_bytes(), engine.pinned_bytes())))
+}
+
+/// Announces that work put on `stream` of GPU `device` from now on runs at `step`; see `calibc.ops.enter`.
+#[pyfunction]
+pub(crate) fn enter(py: Python<'_>, handle: i64, device: u32, step: u32, stream: u64) -> PyResult<()> {
+    let loaded = loaded(py, handle)?;
+    let done = py.detach(|| {
+        // SAFETY: `calibc.ops` passes torch's current stream of the GPU; that work elsewhere is done or ordered before is what it
+        // asks of its callers.
+        loaded.engine(device).and_then(|engine| unsafe { engine.enter(step, stream) })
+    });
+    done.map_err(|error| raise(py, error))
 }
 
 /// Puts one layer on `stream` of the GPU that holds q. The step is a number, or the device address of one (`step_ptr`, not 0).

@@ -29,7 +29,7 @@ mod _native {
     #[pymodule_export]
     use super::bundle::Bundle;
     #[pymodule_export]
-    use super::call::{attention, load, reference_attention};
+    use super::call::{attention, enter, load, reference_attention, table_bytes};
     #[pymodule_export]
     use super::main;
     #[pymodule_export]

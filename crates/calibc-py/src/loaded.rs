@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
-use calibc_runtime::{Bundle, Engine, RuntimeError};
+use calibc_runtime::{Bundle, Engine, Residency, RuntimeError};
 
 /// A bundle, and its engine on each GPU it was used on.
 pub(crate) struct Loaded {
@@ -36,18 +36,27 @@ impl Loaded {
         ALIVE.read().unwrap_or_else(PoisonError::into_inner).as_ref()?.get(&handle)?.upgrade()
     }
 
-    /// The engine on GPU `device`, made on first use.
+    /// The engine on GPU `device`, made on first use with all steps there.
     pub(crate) fn engine(&self, device: u32) -> Result<Arc<Engine>, RuntimeError> {
-        let at = device as usize;
-        let there = || self.engines.read().unwrap_or_else(PoisonError::into_inner).get(at).cloned().flatten();
-        if let Some(engine) = there() {
-            return Ok(engine);
+        match self.there(device) {
+            Some(engine) => Ok(engine),
+            None => self.load(device, Residency::All),
         }
+    }
+
+    /// The engine on GPU `device`, if it was made.
+    pub(crate) fn there(&self, device: u32) -> Option<Arc<Engine>> {
+        self.engines.read().unwrap_or_else(PoisonError::into_inner).get(device as usize).cloned().flatten()
+    }
+
+    /// Makes the engine on GPU `device`. One that is there stays as it is: graphs may hold its addresses.
+    pub(crate) fn load(&self, device: u32, residency: Residency) -> Result<Arc<Engine>, RuntimeError> {
         let _loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(engine) = there() {
+        if let Some(engine) = self.there(device) {
             return Ok(engine);
         }
-        let engine = Arc::new(Engine::new(device, &self.bundle)?);
+        let at = device as usize;
+        let engine = Arc::new(Engine::with_residency(device, &self.bundle, residency)?);
         let mut engines = self.engines.write().unwrap_or_else(PoisonError::into_inner);
         if engines.len() <= at {
             engines.resize(at + 1, None);
