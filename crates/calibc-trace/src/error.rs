@@ -462,6 +462,70 @@ pub enum TraceError {
         /// The folder.
         dir: PathBuf,
     },
+    /// Another process writes there, or did not close what it wrote.
+    #[error("{} is being written by another process; wait for it, or give every process a part of its own", dir.display())]
+    Locked {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// A part whose name cannot name a folder.
+    #[error("part {name:?} cannot name a folder; use letters, digits, `-`, `_` and inner dots")]
+    BadPart {
+        /// The name.
+        name: String,
+    },
+    /// Traces of different captures.
+    #[error("{} and {} differ in {field}: {left} and {right}; only captures of one model and sampler belong together", first.display(), second.display())]
+    Differs {
+        /// One trace.
+        first: PathBuf,
+        /// The other, or what is asked for.
+        second: PathBuf,
+        /// What differs.
+        field: &'static str,
+        /// Its value in the first.
+        left: String,
+        /// Its value in the second.
+        right: String,
+    },
+    /// Two traces with different shards for one prompt.
+    #[error("{} and {} both have a prompt `{prompt}`, with other shards; rename one of the two", first.display(), second.display())]
+    PromptConflict {
+        /// The prompt.
+        prompt: String,
+        /// One trace.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// Nothing to merge.
+    #[error("{} has no captured prompts; name at least one trace that has", dir.display())]
+    NothingToMerge {
+        /// Where they were looked for.
+        dir: PathBuf,
+    },
+    /// A merge whose result would replace something.
+    #[error("{} exists already; a merge makes a new folder", dir.display())]
+    OutputExists {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// A call that does not fit the state of a capture.
+    #[error("{problem}")]
+    OutOfTurn {
+        /// What is wrong, and what to do.
+        problem: &'static str,
+    },
+    /// The file system is too full.
+    #[error("{} needs {need} bytes and the file system has {have} left; capture fewer steps or prompts, or write elsewhere", dir.display())]
+    NoSpace {
+        /// Where.
+        dir: PathBuf,
+        /// Bytes needed.
+        need: u64,
+        /// Bytes there are.
+        have: u64,
+    },
     /// A tensor handed to the writer has the wrong number of elements.
     #[error("{file}: tensor `{tensor}` was given {found} values, must be {expected}")]
     ValueCount {
@@ -489,9 +553,9 @@ pub enum TraceError {
 }
 
 impl TraceError {
-    /// Whether the machine failed (a read or a write), rather than the trace being wrong.
+    /// Whether the machine failed (a read, a write, a full disk, a folder in use), rather than the trace being wrong.
     pub fn is_io(&self) -> bool {
-        matches!(self, Self::Io { .. })
+        matches!(self, Self::Io { .. } | Self::Locked { .. } | Self::NoSpace { .. })
     }
 
     /// Notes that another row of the same tensor has the same fault.

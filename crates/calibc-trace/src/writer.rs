@@ -1,11 +1,12 @@
 //! Writes traces: shard by shard, layer by layer, each file under a temporary name first and the manifest last.
 //!
 //! A capture that dies leaves the trace as the last [`TraceWriter::commit`] described it. What the reader would refuse is
-//! refused here, before it reaches a file.
+//! refused here, before it reaches a file. [`crate::session`] is what captures use: it adds a lock, resuming and parts.
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use calibc_ir::{BLOCK, Geometry, LayerId, Layout, Model, StepId};
 use safetensors::{Dtype, tensor::TensorView};
@@ -20,7 +21,7 @@ use crate::sensitivity::Sensitivity;
 use crate::shard::{self, Kind};
 
 /// Name of the sensitivity file inside a trace.
-const SENSITIVITY: &str = "sensitivity.safetensors";
+pub(crate) const SENSITIVITY: &str = "sensitivity.safetensors";
 
 /// What every shard of a trace has in common.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,6 +64,50 @@ pub struct LayerTensors<'a> {
     pub anchor_error: &'a [f32],
 }
 
+/// The tensors of one layer as they are stored, energies and deviations in the trace's encoding (little-endian).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EncodedTensors<'a> {
+    /// `[heads, q_blocks, kv_blocks]`, each row a distribution.
+    pub energy: &'a [u8],
+    /// `[heads, q_blocks, kv_blocks]`, 0 to 1.
+    pub deviation: &'a [u8],
+    /// `[heads, anchor counts]`.
+    pub anchor_similarity: &'a [f32],
+    /// `[heads, anchor counts]`.
+    pub anchor_error: &'a [f32],
+}
+
+impl TraceSpec {
+    /// Bytes of one shard: one prompt at one step of one branch.
+    ///
+    /// # Errors
+    /// If the spec describes an impossible trace.
+    pub fn shard_bytes(&self, extras: Extras) -> Result<u64, TraceError> {
+        Ok(Placement::new(&self.clone().manifest()?, extras).bytes)
+    }
+
+    /// The manifest of a trace without prompts.
+    pub(crate) fn manifest(self) -> Result<Manifest, TraceError> {
+        let Self { model, geometry, sigmas, branches, encoding, anchor_counts } = self;
+        let manifest = Manifest {
+            model,
+            // A key sequence of its own is nothing a manifest can say.
+            geometry: Geometry { kv_tokens: None, ..geometry },
+            sigmas,
+            branches,
+            encoding,
+            anchor_counts,
+            prompts: Vec::new(),
+            shards: Vec::new(),
+            sensitivity: None,
+        };
+        match manifest.head_problems().into_iter().next() {
+            Some(problem) => Err(problem),
+            None => Ok(manifest),
+        }
+    }
+}
+
 /// A trace being written.
 #[derive(Debug)]
 pub struct TraceWriter {
@@ -76,22 +121,7 @@ impl TraceWriter {
     /// # Errors
     /// If `dir` holds a trace already, or the spec describes an impossible one.
     pub fn create(dir: &Path, spec: TraceSpec) -> Result<Self, TraceError> {
-        let TraceSpec { model, geometry, sigmas, branches, encoding, anchor_counts } = spec;
-        let manifest = Manifest {
-            model,
-            // A key sequence of its own is nothing a manifest can say.
-            geometry: Geometry { kv_tokens: None, ..geometry },
-            sigmas,
-            branches,
-            encoding,
-            anchor_counts,
-            prompts: Vec::new(),
-            shards: Vec::new(),
-            sensitivity: None,
-        };
-        if let Some(problem) = manifest.head_problems().into_iter().next() {
-            return Err(problem);
-        }
+        let manifest = spec.manifest()?;
         fs::create_dir_all(dir).map_err(TraceError::io("create", dir))?;
         if dir.join(MANIFEST).symlink_metadata().is_ok() {
             return Err(TraceError::AlreadyATrace { dir: dir.to_owned() });
@@ -105,6 +135,11 @@ impl TraceWriter {
     /// As [`Manifest::read`].
     pub fn open(dir: &Path) -> Result<Self, TraceError> {
         Ok(Self { dir: dir.to_owned(), manifest: Manifest::read(dir)? })
+    }
+
+    /// As [`TraceWriter::open`], with the manifest read already.
+    pub(crate) fn resume(dir: &Path, manifest: Manifest) -> Self {
+        Self { dir: dir.to_owned(), manifest }
     }
 
     /// The manifest as it would be written now.
@@ -127,17 +162,12 @@ impl TraceWriter {
         Ok(())
     }
 
-    /// Starts the shard of a listed prompt at a step of a branch.
+    /// Starts the shard of a listed prompt at a step of a branch. Several may be open at once; each counts once it is given back to
+    /// [`TraceWriter::finish`].
     ///
     /// # Errors
     /// If prompt, step or branch are not the trace's, the shard exists, or its file cannot be created.
-    pub fn shard(
-        &mut self,
-        prompt: &str,
-        step: StepId,
-        branch: &str,
-        extras: Extras,
-    ) -> Result<ShardWriter<'_>, TraceError> {
+    pub fn begin(&self, prompt: &str, step: StepId, branch: &str, extras: Extras) -> Result<OpenShard, TraceError> {
         let file = format!("{prompt}/s{:03}.{branch}.safetensors", step.0);
         let prompts = &self.manifest.prompts;
         let Some(prompt_index) = prompts.iter().position(|p| p.id == prompt) else {
@@ -150,25 +180,93 @@ impl TraceWriter {
         if step.index() >= steps {
             return Err(TraceError::StepOutOfRange { file, step: step.0.into(), steps });
         }
-        let same = |s: &&Shard| (s.prompt, s.step, s.branch) == (prompt_index, step, branch_index);
-        if let Some(first) = self.manifest.shards.iter().find(same) {
-            let (first, prompt, branch) = (first.file.path.clone(), prompt.into(), branch.into());
-            return Err(TraceError::DuplicateShard { file, first, prompt, step, branch });
-        }
-
+        let shard = Shard {
+            file: FileEntry { path: file, bytes: None, digest: blake3::Hash::from_bytes([0; 32]) },
+            prompt: prompt_index,
+            step,
+            branch: branch_index,
+        };
+        self.not_there_yet(&shard)?;
         let placement = Placement::new(&self.manifest, extras);
         let folder = self.dir.join(prompt);
         fs::create_dir_all(&folder).map_err(TraceError::io("create", &folder))?;
         let mut temp = temporary(&folder)?;
         temp.write_all(&placement.header).map_err(TraceError::io("write", temp.path()))?;
         let written = vec![false; self.manifest.model.layers as usize];
-        let shard = Shard {
-            file: FileEntry { path: file, bytes: Some(placement.bytes), digest: blake3::Hash::from_bytes([0; 32]) },
-            prompt: prompt_index,
-            step,
-            branch: branch_index,
+        let shape = Arc::new(Manifest { prompts: Vec::new(), shards: Vec::new(), ..self.manifest.clone() });
+        Ok(OpenShard { shape, prompt: prompt.to_owned(), shard, temp, placement, written, buffer: Vec::new() })
+    }
+
+    fn not_there_yet(&self, shard: &Shard) -> Result<(), TraceError> {
+        let Shard { file, prompt, step, branch } = shard;
+        let same = |s: &&Shard| (s.prompt, s.step, s.branch) == (*prompt, *step, *branch);
+        let Some(first) = self.manifest.shards.iter().find(same) else { return Ok(()) };
+        Err(TraceError::DuplicateShard {
+            file: file.path.clone(),
+            first: first.file.path.clone(),
+            prompt: self.manifest.prompts[*prompt].id.clone(),
+            step: *step,
+            branch: self.manifest.branches[*branch].clone(),
+        })
+    }
+
+    /// Puts a shard of this writer in its place and lists it; it counts once the trace is committed.
+    ///
+    /// # Errors
+    /// If a layer was not written, the shard is there already, or the file cannot be moved.
+    pub fn finish(&mut self, shard: OpenShard) -> Result<(), TraceError> {
+        let OpenShard { prompt, mut shard, temp, placement, written, .. } = shard;
+        // Discarding another prompt moves the rest up.
+        let listed = self.manifest.prompts.iter().position(|p| p.id == prompt);
+        let file = &shard.file.path;
+        shard.prompt = listed.ok_or_else(|| TraceError::UnknownPrompt { file: file.clone(), prompt })?;
+        if let Some(layer) = written.iter().position(|written| !written) {
+            let tensor = Kind::Energy.name(layer as u32);
+            return Err(TraceError::MissingTensor { file: shard.file.path, tensor });
+        }
+        self.not_there_yet(&shard)?;
+        let map = mapped::map(temp.as_file()).map_err(TraceError::io("map", temp.path()))?;
+        shard.file.bytes = Some(placement.bytes);
+        shard.file.digest = blake3::Hasher::new().update_rayon(&map).finalize();
+        drop(map);
+        persist(temp, &self.dir.join(&shard.file.path))?;
+        self.manifest.shards.push(shard);
+        Ok(())
+    }
+
+    /// As [`TraceWriter::begin`], for one shard at a time.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn shard(
+        &mut self,
+        prompt: &str,
+        step: StepId,
+        branch: &str,
+        extras: Extras,
+    ) -> Result<ShardWriter<'_>, TraceError> {
+        let shard = self.begin(prompt, step, branch, extras)?;
+        Ok(ShardWriter { trace: self, shard })
+    }
+
+    /// Strikes a prompt off the list, with its shards and their files. What was committed stays so until the next commit.
+    ///
+    /// # Errors
+    /// If there is no such prompt, or a file cannot be removed.
+    pub fn discard_prompt(&mut self, id: &str) -> Result<(), TraceError> {
+        let Some(index) = self.manifest.prompts.iter().position(|p| p.id == id) else {
+            return Err(TraceError::UnknownPrompt { file: MANIFEST.into(), prompt: id.into() });
         };
-        Ok(ShardWriter { trace: self, shard, temp, placement, written, buffer: Vec::new() })
+        for shard in self.manifest.shards.iter().filter(|s| s.prompt == index) {
+            let path = self.dir.join(&shard.file.path);
+            fs::remove_file(&path).map_err(TraceError::io("remove", path))?;
+        }
+        self.manifest.shards.retain(|s| s.prompt != index);
+        self.manifest.shards.iter_mut().filter(|s| s.prompt > index).for_each(|s| s.prompt -= 1);
+        self.manifest.prompts.remove(index);
+        // A folder that holds anything else stays.
+        let _ = fs::remove_dir(self.dir.join(id));
+        Ok(())
     }
 
     /// Writes the sensitivity file.
@@ -204,79 +302,87 @@ impl TraceWriter {
         Ok(())
     }
 
-    /// Writes the manifest: from here on the folder is a trace. More can be added and committed afterwards.
+    /// Writes the manifest: from here on the folder is a trace. More can be added and committed afterwards. A trace whose prompts
+    /// are all held out so far may be committed too, though no reader takes it before one that is not has joined it.
     ///
     /// # Errors
     /// If the trace is not complete (every prompt needs every covered step), or writing fails.
     pub fn commit(&self) -> Result<(), TraceError> {
-        let json = self.render()?;
-        if let Some(problem) = Manifest::parse(&json).1.into_iter().next() {
-            return Err(problem);
-        }
-        let mut temp = temporary(&self.dir)?;
-        let path = temp.path().to_owned();
-        temp.write_all(&json).and_then(|()| temp.as_file().sync_all()).map_err(TraceError::io("write", path))?;
-        persist(temp, &self.dir.join(MANIFEST))
+        commit(&self.dir, &self.manifest)
     }
+}
 
-    fn render(&self) -> Result<Vec<u8>, TraceError> {
-        let m = &self.manifest;
-        let Model { layers, heads, head_dim, .. } = m.model;
-        let Geometry { frames, height, width, text_tokens, .. } = m.geometry;
-        let document = wire::Document {
-            format: FORMAT,
-            version: VERSION,
-            model: wire::Model { name: &m.model.name, layers, heads, head_dim },
-            geometry: wire::Geometry {
-                frames,
-                height,
-                width,
-                text_tokens,
-                text_position: m.geometry.text_position.to_string(),
-            },
-            layout: match m.geometry.layout {
-                Layout::Raster => wire::Layout::Raster,
-                Layout::Tile(sides) => wire::Layout::Tile(sides),
-            },
-            blocks: wire::Blocks { q: BLOCK, kv: BLOCK },
-            steps: (0..).zip(&m.sigmas).map(|(index, &sigma)| wire::Step { index, sigma }).collect(),
-            branches: &m.branches,
-            energy_encoding: m.encoding.name(),
-            anchor_counts: &m.anchor_counts,
-            prompts: m
-                .prompts
-                .iter()
-                .map(|p| wire::Prompt { id: &p.id, seed: p.seed, split: p.split.name(), label: &p.label })
-                .collect(),
-            shards: m
-                .shards
-                .iter()
-                .map(|s| wire::Shard {
-                    path: &s.file.path,
-                    prompt: &m.prompts[s.prompt].id,
-                    step: s.step.0,
-                    branch: &m.branches[s.branch],
-                    bytes: s.file.bytes,
-                    blake3: s.file.digest.to_string(),
-                })
-                .collect(),
-            sensitivity: m.sensitivity.as_ref().map(|file| wire::File {
-                path: &file.path,
-                bytes: file.bytes,
-                blake3: file.digest.to_string(),
-            }),
-        };
-        let mut json = serde_json::to_vec_pretty(&document)
-            .map_err(|e| TraceError::io("render", MANIFEST)(io::Error::other(e)))?;
-        json.push(b'\n');
-        Ok(json)
+/// Writes `manifest` into `dir`, in one step.
+pub(crate) fn commit(dir: &Path, manifest: &Manifest) -> Result<(), TraceError> {
+    let json = render(manifest)?;
+    let unfit = |problem: &TraceError| !matches!(problem, TraceError::NoCalibrationPrompt);
+    if let Some(problem) = Manifest::parse(&json).1.into_iter().find(unfit) {
+        return Err(problem);
     }
+    let mut temp = temporary(dir)?;
+    let path = temp.path().to_owned();
+    temp.write_all(&json).and_then(|()| temp.as_file().sync_all()).map_err(TraceError::io("write", path))?;
+    persist(temp, &dir.join(MANIFEST))
+}
+
+fn render(m: &Manifest) -> Result<Vec<u8>, TraceError> {
+    let Model { layers, heads, head_dim, .. } = m.model;
+    let Geometry { frames, height, width, text_tokens, .. } = m.geometry;
+    let document = wire::Document {
+        format: FORMAT,
+        version: VERSION,
+        model: wire::Model { name: &m.model.name, layers, heads, head_dim },
+        geometry: wire::Geometry {
+            frames,
+            height,
+            width,
+            text_tokens,
+            text_position: m.geometry.text_position.to_string(),
+        },
+        layout: match m.geometry.layout {
+            Layout::Raster => wire::Layout::Raster,
+            Layout::Tile(sides) => wire::Layout::Tile(sides),
+        },
+        blocks: wire::Blocks { q: BLOCK, kv: BLOCK },
+        steps: (0..).zip(&m.sigmas).map(|(index, &sigma)| wire::Step { index, sigma }).collect(),
+        branches: &m.branches,
+        energy_encoding: m.encoding.name(),
+        anchor_counts: &m.anchor_counts,
+        prompts: m
+            .prompts
+            .iter()
+            .map(|p| wire::Prompt { id: &p.id, seed: p.seed, split: p.split.name(), label: &p.label })
+            .collect(),
+        shards: m
+            .shards
+            .iter()
+            .map(|s| wire::Shard {
+                path: &s.file.path,
+                prompt: &m.prompts[s.prompt].id,
+                step: s.step.0,
+                branch: &m.branches[s.branch],
+                bytes: s.file.bytes,
+                blake3: s.file.digest.to_string(),
+            })
+            .collect(),
+        sensitivity: m.sensitivity.as_ref().map(|file| wire::File {
+            path: &file.path,
+            bytes: file.bytes,
+            blake3: file.digest.to_string(),
+        }),
+    };
+    let mut json =
+        serde_json::to_vec_pretty(&document).map_err(|e| TraceError::io("render", MANIFEST)(io::Error::other(e)))?;
+    json.push(b'\n');
+    Ok(json)
 }
 
 /// A shard being written; dropped unfinished, it leaves nothing behind.
 #[derive(Debug)]
-pub struct ShardWriter<'a> {
-    trace: &'a mut TraceWriter,
+pub struct OpenShard {
+    /// The manifest without prompts and shards.
+    shape: Arc<Manifest>,
+    prompt: String,
     shard: Shard,
     temp: NamedTempFile,
     placement: Placement,
@@ -284,18 +390,14 @@ pub struct ShardWriter<'a> {
     buffer: Vec<u8>,
 }
 
-impl ShardWriter<'_> {
+impl OpenShard {
     /// Encodes and writes one layer; layers may come in any order. At most one layer is held encoded.
     ///
     /// # Errors
     /// If the layer does not exist, a tensor has the wrong number of values, or a value is one the reader would refuse.
     pub fn layer(&mut self, layer: LayerId, tensors: LayerTensors<'_>) -> Result<(), TraceError> {
-        let count = self.written.len();
-        if layer.index() >= count {
-            return Err(TraceError::OutOfRange { what: "layer", index: layer.index(), count });
-        }
-        let manifest = &self.trace.manifest;
-        let file = &self.shard.file.path;
+        self.check_layer(layer)?;
+        let shape = self.shape.clone();
         for kind in Kind::ALL {
             let values = match kind {
                 Kind::Energy => tensors.energy,
@@ -303,61 +405,125 @@ impl ShardWriter<'_> {
                 Kind::Similarity => tensors.anchor_similarity,
                 Kind::Error => tensors.anchor_error,
             };
-            let tensor = kind.name(layer.0);
-            let Some(offset) = self.placement.offset(kind, layer) else {
-                expect_count(file, &tensor, 0, values)?;
-                continue;
-            };
-            expect_count(file, &tensor, kind.shape(manifest).iter().product(), values)?;
-            self.buffer.clear();
-            let mut problems = shard::check_given(file, &tensor, kind, manifest, values);
-            if problems.is_empty() {
-                kind.encoding(manifest).encode(values, &mut self.buffer);
-                problems = shard::check_encoded(file, &tensor, kind, manifest, &self.buffer);
-            }
-            if let Some(problem) = problems.into_iter().next() {
+            let Some(offset) = self.place(kind, layer, values.len())? else { continue };
+            let (file, tensor) = (&self.shard.file.path, kind.name(layer.0));
+            if let Some(problem) = shard::check_given(file, &tensor, kind, &shape, values).into_iter().next() {
                 return Err(problem);
             }
-            let out = self.temp.as_file_mut();
-            out.seek(SeekFrom::Start(offset))
-                .and_then(|_| out.write_all(&self.buffer))
-                .map_err(TraceError::io("write", self.temp.path()))?;
+            let mut buffer = std::mem::take(&mut self.buffer);
+            buffer.clear();
+            kind.encoding(&shape).encode(values, &mut buffer);
+            let written = self.write(kind, layer, offset, &buffer);
+            self.buffer = buffer;
+            written?;
         }
         self.written[layer.index()] = true;
         Ok(())
     }
 
-    /// Puts the shard in its place and lists it; it counts once the trace is committed.
+    /// Writes one layer whose energies and deviations are encoded already.
     ///
     /// # Errors
-    /// If a layer was not written, or the file cannot be moved.
-    pub fn finish(mut self) -> Result<(), TraceError> {
-        if let Some(layer) = self.written.iter().position(|written| !written) {
-            let tensor = Kind::Energy.name(layer as u32);
-            return Err(TraceError::MissingTensor { file: self.shard.file.path, tensor });
+    /// As [`OpenShard::layer`].
+    pub fn layer_encoded(&mut self, layer: LayerId, tensors: EncodedTensors<'_>) -> Result<(), TraceError> {
+        self.check_layer(layer)?;
+        let shape = self.shape.clone();
+        let table = |values: &[f32]| {
+            let mut bytes = Vec::with_capacity(values.len() * 4);
+            Encoding::F32.encode(values, &mut bytes);
+            bytes
+        };
+        let (similarity, error) = (table(tensors.anchor_similarity), table(tensors.anchor_error));
+        for kind in Kind::ALL {
+            let bytes = match kind {
+                Kind::Energy => tensors.energy,
+                Kind::Deviation => tensors.deviation,
+                Kind::Similarity => &similarity,
+                Kind::Error => &error,
+            };
+            // Half an element is one too many.
+            let count = bytes.len().div_ceil(kind.encoding(&shape).bytes());
+            let Some(offset) = self.place(kind, layer, count)? else { continue };
+            self.write(kind, layer, offset, bytes)?;
         }
-        let map = mapped::map(self.temp.as_file()).map_err(TraceError::io("map", self.temp.path()))?;
-        self.shard.file.digest = blake3::Hasher::new().update_rayon(&map).finalize();
-        drop(map);
-        persist(self.temp, &self.trace.dir.join(&self.shard.file.path))?;
-        self.trace.manifest.shards.push(self.shard);
+        self.written[layer.index()] = true;
         Ok(())
+    }
+
+    /// The prompt it is of.
+    pub fn prompt_id(&self) -> &str {
+        &self.prompt
+    }
+
+    fn check_layer(&self, layer: LayerId) -> Result<(), TraceError> {
+        let count = self.written.len();
+        if layer.index() < count {
+            return Ok(());
+        }
+        Err(TraceError::OutOfRange { what: "layer", index: layer.index(), count })
+    }
+
+    /// Where the `found` values of a tensor go; `None` for one that the shard does not have, which must be empty.
+    fn place(&self, kind: Kind, layer: LayerId, found: usize) -> Result<Option<u64>, TraceError> {
+        let offset = self.placement.offset(kind, layer);
+        let expected = if offset.is_some() { kind.shape(&self.shape).iter().product() } else { 0 };
+        if found == expected {
+            return Ok(offset);
+        }
+        let (file, tensor) = (self.shard.file.path.clone(), kind.name(layer.0));
+        Err(TraceError::ValueCount { file, tensor, expected, found })
+    }
+
+    fn write(&mut self, kind: Kind, layer: LayerId, offset: u64, bytes: &[u8]) -> Result<(), TraceError> {
+        let (file, tensor) = (&self.shard.file.path, kind.name(layer.0));
+        if let Some(problem) = shard::check_encoded(file, &tensor, kind, &self.shape, bytes).into_iter().next() {
+            return Err(problem);
+        }
+        let out = self.temp.as_file_mut();
+        out.seek(SeekFrom::Start(offset))
+            .and_then(|_| out.write_all(bytes))
+            .map_err(TraceError::io("write", self.temp.path()))
+    }
+}
+
+/// The one shard being written; dropped unfinished, it leaves nothing behind.
+#[derive(Debug)]
+pub struct ShardWriter<'a> {
+    trace: &'a mut TraceWriter,
+    shard: OpenShard,
+}
+
+impl ShardWriter<'_> {
+    /// As [`OpenShard::layer`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn layer(&mut self, layer: LayerId, tensors: LayerTensors<'_>) -> Result<(), TraceError> {
+        self.shard.layer(layer, tensors)
+    }
+
+    /// As [`TraceWriter::finish`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn finish(self) -> Result<(), TraceError> {
+        self.trace.finish(self.shard)
     }
 }
 
 /// Where each tensor of a shard goes.
 #[derive(Debug)]
-struct Placement {
+pub(crate) struct Placement {
     /// Length prefix and JSON.
     header: Vec<u8>,
     /// By kind: offset of layer 0 in the file, and distance to the next layer.
     spans: [Option<(u64, u64)>; 4],
     /// Size of the file.
-    bytes: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Placement {
-    fn new(manifest: &Manifest, extras: Extras) -> Self {
+    pub(crate) fn new(manifest: &Manifest, extras: Extras) -> Self {
         let wanted = [
             (Kind::Similarity, extras.anchor_similarity),
             (Kind::Error, extras.anchor_error),
@@ -406,10 +572,13 @@ fn expect_count(file: &str, tensor: &str, expected: usize, values: &[f32]) -> Re
     Err(TraceError::ValueCount { file: file.into(), tensor: tensor.into(), expected, found })
 }
 
+/// How the names of unfinished files start and end.
+pub(crate) const TEMPORARY: (&str, &str) = (".calibc-", ".tmp");
+
 /// A temporary file beside its destination, readable by whom the process's umask allows.
-fn temporary(folder: &Path) -> Result<NamedTempFile, TraceError> {
+pub(crate) fn temporary(folder: &Path) -> Result<NamedTempFile, TraceError> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".calibc-").suffix(".tmp");
+    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
     #[cfg(unix)]
     let permissions = <fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666);
     #[cfg(unix)]
@@ -417,7 +586,7 @@ fn temporary(folder: &Path) -> Result<NamedTempFile, TraceError> {
     builder.tempfile_in(folder).map_err(TraceError::io("create a file in", folder))
 }
 
-fn persist(temp: NamedTempFile, path: &Path) -> Result<(), TraceError> {
+pub(crate) fn persist(temp: NamedTempFile, path: &Path) -> Result<(), TraceError> {
     temp.persist(path).map(|_: File| ()).map_err(|e| TraceError::io("write", path)(e.error))
 }
 
