@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use calibc_ir::Arch;
+use calibc_ir::{Arch, DType};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -64,6 +64,8 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Run one layer of a bundle on tensors of a safetensors file.
     Run(RunArgs),
+    /// Time layers of a bundle on a GPU, beside dense attention of the same shape.
+    Bench(BenchArgs),
     /// Show what this machine offers: NVRTC, driver, GPUs, cache.
     Doctor(DoctorArgs),
     /// The compiled kernels kept on disk.
@@ -267,6 +269,61 @@ pub(crate) struct RunArgs {
     /// Softmax scale. Default: 1/sqrt(head_dim).
     #[arg(long, value_name = "X")]
     pub(crate) scale: Option<f32>,
+}
+
+/// Order of dimensions in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MemoryLayout {
+    /// [batch, heads, tokens, head_dim].
+    Bhsd,
+    /// [batch, tokens, heads, head_dim].
+    Bshd,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Each round times every chosen (step, layer) once and dense attention once, with the bundle's own kernels on \
+                        random q, k and v. TFLOP/s count the query-key pairs that are computed, 4 x head_dim each."
+)]
+pub(crate) struct BenchArgs {
+    /// The bundle.
+    pub(crate) bundle: PathBuf,
+    /// Take layers of this step; repeat for several. Default: of every step.
+    #[arg(long = "step", value_name = "N", value_delimiter = ',')]
+    pub(crate) steps: Vec<u32>,
+    /// Take this layer; repeat for several. Default: every layer.
+    #[arg(long = "layer", value_name = "N", value_delimiter = ',')]
+    pub(crate) layers: Vec<u32>,
+    /// Time so many of them, at even quantiles of density. Default: 5, or all where both --step and --layer are given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) samples: Option<u32>,
+    /// Timed rounds.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) rounds: u32,
+    /// Rounds before the timed ones.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) warmup: u32,
+    /// Batch size.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_535))]
+    pub(crate) batch: u32,
+    /// Order of the tensors' dimensions in memory.
+    #[arg(long, value_enum, default_value_t = MemoryLayout::Bhsd)]
+    pub(crate) layout: MemoryLayout,
+    /// Element type. Default: the first that the bundle has a kernel for.
+    #[arg(long, value_name = "bf16|fp16")]
+    pub(crate) dtype: Option<DType>,
+    /// Have the log-sum-exp written too.
+    #[arg(long)]
+    pub(crate) lse: bool,
+    /// Which GPU.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) device: u32,
+    /// Seed of q, k and v.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args, Debug)]

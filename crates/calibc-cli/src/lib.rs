@@ -9,6 +9,7 @@
 //! refused, 70 a bug. `--json` prints one document with `schema_version` and `kind`.
 
 mod args;
+mod bench;
 mod compile;
 mod console;
 mod describe;
@@ -73,6 +74,7 @@ fn dispatch(console: &Console, command: Command) -> Result<Exit, Failure> {
         Command::Export(args) => inspect::export(console, &args),
         Command::Verify(args) => verify::verify(console, &args),
         Command::Run(args) => verify::run(console, &args),
+        Command::Bench(args) => bench::bench(console, &args),
         Command::Doctor(args) => machine::doctor(console, &args),
         Command::Cache(CacheCommand::Dir(args)) => machine::cache_dir(console, &args),
         Command::Cache(CacheCommand::Ls { cache, json }) => machine::cache_ls(console, &cache, json),

@@ -173,7 +173,7 @@ pub(crate) fn write_out(path: &Path, out: &Tensor, lse: Option<(&[f32], [usize; 
 }
 
 /// Near enough to a standard normal for test inputs: twelve uniforms.
-fn normal(random: &mut SplitMix64) -> f32 {
+pub(crate) fn normal(random: &mut SplitMix64) -> f32 {
     // Six 10-bit uniforms of each draw.
     let sum: u64 = (0..2).map(|_| random.next()).map(|z| (0..6).map(|i| z >> (10 * i) & 1023).sum::<u64>()).sum();
     sum as f32 / 1023.0 - 6.0

@@ -225,6 +225,32 @@ fn a_missing_gpu_is_told_as_such() {
     qkv(&bench.path("half"), Dtype::BF16, [1, 4, 1024, 64], false);
     let run = ["run", "plan.bundle", "--step", "0", "--layer", "0", "--input", "half", "-o", "out", "--device", "cuda"];
     bench.run(&run).expect(ENVIRONMENT);
+    for more in [&[][..], &["--json", "--batch", "2", "--layout", "bshd", "--dtype", "fp16", "--lse"]] {
+        let timed = bench.run(&[&["bench", "plan.bundle"], more].concat()).expect(ENVIRONMENT);
+        assert!(timed.stdout.is_empty() && timed.stderr.starts_with("error: no CUDA d"), "{}", timed.stderr);
+    }
+}
+
+#[test]
+fn a_bench_is_turned_down_before_any_gpu_is_looked_for() {
+    let Some(bench) = Bench::new() else { return };
+    bench.ok(&["compile", "traces", "-o", "plan.bundle", "-q"]);
+    for wrong in [
+        &["--rounds", "0"][..],
+        &["--samples", "0"],
+        &["--batch", "0"],
+        &["--layout", "bdsh"],
+        &["--dtype", "fp8"],
+        &["--step", "4"],
+        &["--step", "0,1,9"],
+        &["--layer", "2"],
+    ] {
+        let ended = bench.run(&[&["bench", "plan.bundle"], wrong].concat()).expect(USAGE);
+        assert!(!ended.stderr.is_empty(), "{wrong:?}");
+    }
+    bench.run(&["bench"]).expect(USAGE);
+    bench.run(&["bench", "nosuch.bundle"]).expect(IO);
+    bench.run(&["bench", "traces/manifest.json"]).expect(BAD_INPUT);
 }
 
 #[test]

@@ -67,15 +67,15 @@ impl Engine {
         Self::build(device, bundle, bundle.plan(), &bundle.plan().variants, bundle.anchor_table(), residency)
     }
 
-    /// As [`Engine::new`], for another plan than the bundle's: kernels serve any plan of their head dimension. It takes those of
+    /// As [`Engine::with_residency`], for another plan than the bundle's: kernels serve any plan of their head dimension. It takes those of
     /// the bundle's variants that have what `plan` needs; `plan.variants` is not looked at.
     ///
     /// # Errors
-    /// As for [`Engine::new`]; a plan that the verifier turns down or that was not scheduled; kernels that do not serve it.
-    pub fn for_plan(device: u32, bundle: &Bundle, plan: &Plan) -> Result<Self, RuntimeError> {
+    /// As for [`Engine::with_residency`]; a plan that the verifier turns down or that was not scheduled; kernels that do not serve it.
+    pub fn for_plan(device: u32, bundle: &Bundle, plan: &Plan, residency: Residency) -> Result<Self, RuntimeError> {
         let variants = serving(&bundle.plan().variants, plan)?;
         let anchors = plan.anchors().map(|anchors| AnchorTable::new(&plan.geometry, anchors));
-        Self::build(device, bundle, plan, &variants, anchors.as_ref(), Residency::All)
+        Self::build(device, bundle, plan, &variants, anchors.as_ref(), residency)
     }
 
     fn build(
