@@ -16,14 +16,15 @@ mod window;
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use calibc_bundle::Kernel;
 use calibc_ir::{Arch, DType, Family, Geometry, Plan, Site, TextPosition, Variant};
 use calibc_nvrtc::testing::SKIP_PREFIX;
-use calibc_runtime::cuda::Device;
+use calibc_runtime::cuda::{Device, Stream};
 use calibc_runtime::reference::{self, Options, Output, masked};
-use calibc_runtime::{Engine, RuntimeError};
+use calibc_runtime::{Engine, Residency, RuntimeError};
 use rayon::prelude::*;
 
 use device::{Loaded, Written, bundle};
@@ -376,6 +377,40 @@ fn every_tail_of(problem: Problem) -> Problem {
     let geometry = Geometry { text_tokens: 184, text_position: TextPosition::After, ..Geometry::video(1, 10, 20) };
     let heads = vec![HeadKind::Dense, HeadKind::Mask(Kept::OnePerRow), HeadKind::Mask(Kept::Percent(50))];
     Problem { geometry, heads, lse: true, ..problem }
+}
+
+/// A bundle's kernels run another plan: other steps, layers, heads, masks and lengths.
+#[test]
+fn kernels_serve_other_plans() {
+    let of = |wanted: &dyn Fn(&Problem) -> bool| (0..COUNT).map(Problem::new).find(|p| wanted(p)).unwrap();
+    // One whose kernel can do everything, and a simpler one.
+    let whole = of(&|p| p.geometry.ragged() && p.lse && p.heads.iter().any(|h| matches!(h, HeadKind::Anchors(_))));
+    let other = of(&|p| {
+        (p.dtype, p.head_dim, p.lse) == (whole.dtype, whole.head_dim, true)
+            && p.heads.iter().all(|h| matches!(h, HeadKind::Mask(_)))
+            && p.heads.len() > 1
+            && p.geometry != whole.geometry
+    });
+    let other = Problem { steps: 5, ..other };
+    let Some(device) = gpu() else { return };
+    let arch = kernels::arch_for(device.info().unwrap().compute_capability).unwrap();
+    let (plan, inputs, whole_plan) = (other.plan(), other.inputs(), whole.plan());
+    let want = on_cpu(&other, &plan, &inputs).unwrap();
+    let variant = whole.variant(&whole_plan);
+    let kernels = kernels::kernels(&[variant], arch).unwrap();
+    for family in families(arch) {
+        let bundle = bundle(&whole, &whole_plan, &kernels[&(family, variant)]).unwrap();
+        for residency in [Residency::All, Residency::Window(2)] {
+            let engine = Arc::new(Engine::for_plan(0, &bundle, &plan, residency).unwrap());
+            let stream = Arc::new(Stream::new(&device).unwrap());
+            let got = Loaded::on(engine, stream, &other, &inputs).unwrap().run().unwrap();
+            let (error, lse) = errors(&got, &want);
+            assert!(error <= tolerance(other.dtype) && lse <= LSE_TOLERANCE, "{family} {other}: {error:.2e} {lse:.2e}");
+        }
+        let wide = Problem { head_dim: 192 - whole.head_dim, ..whole.clone() }.plan();
+        let error = Engine::for_plan(0, &bundle, &wide, Residency::All).unwrap_err();
+        assert!(matches!(error, RuntimeError::Unserved { .. }), "{error}");
+    }
 }
 
 #[test]

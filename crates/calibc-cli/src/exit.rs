@@ -120,7 +120,10 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::NoDevice { .. }
             | RuntimeError::SharedMemory { .. }
             | RuntimeError::Driver { .. } => Exit::Environment,
-            RuntimeError::Unscheduled | RuntimeError::Plan { .. } | RuntimeError::BufferRange { .. } => Exit::Internal,
+            RuntimeError::Unscheduled
+            | RuntimeError::Plan { .. }
+            | RuntimeError::Invalid { .. }
+            | RuntimeError::BufferRange { .. } => Exit::Internal,
             // Everything else is a tensor, step or layer that is not the plan's.
             _ => Exit::BadInput,
         };
