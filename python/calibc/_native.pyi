@@ -74,6 +74,141 @@ class Bundle:
     def mask(self, step: int, layer: int, head: int) -> bytes:
         """Kept blocks of one head: bytes 0 and 1, [q_blocks, kv_blocks]; all ones for dense and anchor heads."""
 
+_View = tuple[int, str, Sequence[int], Sequence[int]]
+_LseView = tuple[int, Sequence[int], Sequence[int]]
+
+class CaptureKernel:
+    """A capture kernel, compiled for one GPU and loaded there."""
+
+    BLOCK: int
+    def __new__(
+        cls,
+        device: int,
+        dtype: str,
+        head_dim: int,
+        *,
+        encoding: str = "log2-u8",
+        portable: bool = False,
+        nvrtc: _Path | None = None,
+        cache_dir: _Path | None = None,
+    ) -> CaptureKernel: ...
+    @property
+    def symbol(self) -> str: ...
+    @property
+    def family(self) -> str:
+        """hopper or portable."""
+    @property
+    def encoding(self) -> str:
+        """log2-u8 or f32."""
+    def block_statistics(
+        self,
+        q: _View,
+        k: _View,
+        v: _View,
+        out: _View,
+        lse: _LseView,
+        *,
+        energy: int,
+        deviation: int,
+        rows_per_block: int = 16,
+        seed: int = 0,
+        scale: float | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Energies and deviations of one dense attention, [heads, q_blocks, kv_blocks] at device addresses, on `stream`."""
+
+class Shard:
+    """The tensors of one prompt at one step of a branch."""
+
+    def layer(
+        self, layer: int, energy: int, deviation: int = 0, anchor_similarity: int = 0, anchor_error: int = 0
+    ) -> None:
+        """Checks and writes one layer from CPU addresses; energies and deviations are codes for log2-u8, else f32."""
+    def finish(self) -> None: ...
+
+class TraceWriter:
+    """A trace that is captured into."""
+
+    @staticmethod
+    def open(
+        path: _Path,
+        *,
+        model: str,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        frames: int,
+        height: int,
+        width: int,
+        text_tokens: int = 0,
+        text_position: str = "none",
+        tile: Sequence[int] | None = None,
+        sigmas: Sequence[float],
+        branches: Sequence[str],
+        encoding: str = "log2-u8",
+        anchor_counts: Sequence[int] = (),
+        part: str | None = None,
+    ) -> TraceWriter:
+        """Starts a trace, or continues the one that is there; what a killed capture left half-written is discarded."""
+    @property
+    def prompts(self) -> list[str]:
+        """Ids of the prompts that are captured already."""
+    def estimate(
+        self,
+        prompts: int,
+        steps: int,
+        branches: int = 1,
+        *,
+        deviation: bool = True,
+        anchor_similarity: bool = True,
+        anchor_error: bool = True,
+    ) -> int: ...
+    def free_space(self) -> int: ...
+    def check_space(self, bytes: int) -> None: ...
+    def begin_prompt(self, id: str, *, seed: int | None = None, split: str = "calibration", label: str = "") -> None: ...
+    def begin_shard(
+        self,
+        step: int,
+        branch: str,
+        *,
+        deviation: bool = True,
+        anchor_similarity: bool = False,
+        anchor_error: bool = False,
+    ) -> Shard: ...
+    def end_prompt(self) -> None:
+        """Commits the current prompt."""
+    def discard_prompt(self) -> None: ...
+    def close(self) -> None: ...
+    @staticmethod
+    def merge_parts(path: _Path) -> int:
+        """Makes one trace of `path` and the parts that several processes wrote there; the number of its prompts."""
+    @staticmethod
+    def merge(out: _Path, inputs: Sequence[_Path]) -> int: ...
+
+def capture_seed(prompt: str, step: int, branch: str, layer: int) -> int: ...
+def sampled_rows(q_tokens: int, rows_per_block: int, seed: int, head: int) -> list[list[int]]: ...
+def anchor_source(
+    frames: int,
+    height: int,
+    width: int,
+    text_tokens: int,
+    text_position: str,
+    tile: Sequence[int] | None,
+    anchors: int,
+) -> list[int]:
+    """For each position of the sequence the position whose output it receives under anchor rows."""
+def encode_log2_u8(src: int, dst: int, count: int) -> None: ...
+def block_statistics_cpu(
+    q: _View,
+    k: _View,
+    v: _View,
+    *,
+    energy: int,
+    deviation: int,
+    rows_per_block: int = 128,
+    seed: int = 0,
+    scale: float | None = None,
+) -> None: ...
 def main(argv: Sequence[str]) -> int: ...
 def compile(
     traces: _Path | None,

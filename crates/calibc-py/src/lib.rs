@@ -13,10 +13,12 @@
 
 mod bundle;
 mod call;
+mod capture;
 mod errors;
 mod loaded;
 mod masks;
 mod session;
+mod trace;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -31,11 +33,17 @@ mod _native {
     #[pymodule_export]
     use super::call::{attention, enter, load, reference_attention, table_bytes};
     #[pymodule_export]
+    use super::capture::{
+        CaptureKernel, anchor_source, block_statistics_cpu, capture_seed, encode_log2_u8, sampled_rows,
+    };
+    #[pymodule_export]
     use super::main;
     #[pymodule_export]
     use super::masks::{clear_plan_cache, plan_cache_info, plan_from_mask};
     #[pymodule_export]
     use super::session::compile;
+    #[pymodule_export]
+    use super::trace::{Shard, TraceWriter};
 
     /// The version of the compiler, which is the package's.
     #[pymodule_export]
