@@ -232,6 +232,35 @@ fn a_missing_gpu_is_told_as_such() {
 }
 
 #[test]
+fn layers_are_timed_where_there_is_a_gpu() {
+    let Some(bench) = Bench::new() else { return };
+    match calibc_runtime::cuda::Device::count() {
+        Ok(n) if n > 0 => {}
+        Ok(_) => return skip("layers_are_timed_where_there_is_a_gpu", "no CUDA device"),
+        Err(error) => return skip("layers_are_timed_where_there_is_a_gpu", &error.to_string()),
+    }
+    bench.ok(&["compile", "traces", "-o", "plan.bundle", "-q"]);
+    let json = bench.ok(&["bench", "plan.bundle", "--json", "--rounds", "3", "--batch", "2"]).json("bench");
+    let layers = json["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 5);
+    let at: Vec<_> = layers.iter().map(|l| (l["step"].as_u64().unwrap(), l["layer"].as_u64().unwrap())).collect();
+    assert!(at.is_sorted(), "{at:?}");
+    for row in layers.iter().chain([&json["dense"]]) {
+        let number = |at: &str| row.pointer(at).and_then(serde_json::Value::as_f64).unwrap();
+        assert!(
+            0.0 < number("/ms/min") && number("/ms/min") <= number("/ms/max") && number("/tflops") > 0.0,
+            "{row:#}"
+        );
+    }
+    for residency in ["all_steps", "window"] {
+        let host = &json["host"][residency];
+        assert!(host["calls"].as_u64().unwrap() >= 1000 && host["median_us"].as_f64().unwrap() > 0.0, "{host:#}");
+    }
+    let text = bench.ok(&["bench", "plan.bundle", "--rounds", "2", "--step", "1", "--layer", "0"]).stdout;
+    assert!(text.contains("\ns1.l0 ") && text.contains("\ndense ") && text.contains("us median"), "{text}");
+}
+
+#[test]
 fn a_bench_is_turned_down_before_any_gpu_is_looked_for() {
     let Some(bench) = Bench::new() else { return };
     bench.ok(&["compile", "traces", "-o", "plan.bundle", "-q"]);
