@@ -110,7 +110,7 @@ def plan_from_mask(
     if gpu is not None and bundle.has_kernels(torch.cuda.get_device_capability(gpu)):
         # Now rather than in the first call, which may be under capture.
         ops.load(bundle, gpu)
-    return Plan(bundle, dtype, lse, ops.site(bundle, 0), torch.zeros((), dtype=torch.int32))
+    return Plan(bundle, dtype, lse, ops.site(bundle, 0), torch.zeros((), dtype=torch.int32, device="cpu"))
 
 
 def _gpu(mask: Tensor, device: torch.device | str | int | None) -> int | None:

@@ -32,7 +32,7 @@ def site(bundle: Bundle, layer: int) -> Tensor:
     """Names one layer of `bundle`: int64 [2], in CPU memory, where it must stay. Valid while the bundle lives."""
     if not 0 <= layer < bundle.layers:
         raise BadInput(f"layer {layer} is out of range: the plan has {bundle.layers} layers")
-    return torch.tensor([bundle.handle, layer], dtype=torch.int64)
+    return torch.tensor([bundle.handle, layer], dtype=torch.int64, device="cpu")
 
 
 def load(bundle: Bundle, device: torch.device | str | int | None = None, resident_steps: int | None = None) -> None:

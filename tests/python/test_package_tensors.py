@@ -152,6 +152,13 @@ class Plans(unittest.TestCase):
         self.assertEqual(len(handles), 8)
         self.assertEqual(_native.plan_cache_info(), (hits + 1, misses + 8, 8))
 
+    def test_what_names_a_plan_stays_in_cpu_memory(self):
+        with torch.device("meta"):
+            plan = calibc.plan_from_mask(torch.ones(1, 1, 1, dtype=torch.bool, device="cpu"), 100, 100, 64)
+        self.assertTrue(plan.site.is_cpu and plan.step.is_cpu)
+        q, k, v = tensors(1, 1, 100, 100, 64)
+        self.assertEqual(calibc.block_sparse_attention(q, k, v, plan).shape, q.shape)
+
     def test_few_plans_are_kept(self):
         masks = [random_mask(1, 300, 300, seed=seed) for seed in range(1, 3)]
         held = calibc.plan_from_mask(masks[0], 300, 300, 64)
