@@ -151,6 +151,21 @@ pub(crate) enum TraceCommand {
     Check(TraceArgs),
     /// Show geometry, coverage and density at epsilon 0.8, 0.9, 0.95 and 0.99, per layer and step.
     Info(TraceInfoArgs),
+    /// Put traces of one model and sampler together, whatever their order, into a new folder.
+    Merge(TraceMergeArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TraceMergeArgs {
+    /// Folder of the result. It appears whole, or not at all.
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// Folders of traces. Their shards are hard-linked where the file system can.
+    #[arg(value_name = "IN", required_unless_present = "parts")]
+    pub(crate) traces: Vec<PathBuf>,
+    /// Instead, make one trace of the parts that several processes captured into OUT.
+    #[arg(long, conflicts_with = "traces")]
+    pub(crate) parts: bool,
 }
 
 #[derive(Args, Debug)]

@@ -70,6 +70,7 @@ fn dispatch(console: &Console, command: Command) -> Result<Exit, Failure> {
         Command::Compile(args) => compile::compile(console, &args),
         Command::Trace(TraceCommand::Check(args)) => trace::check(console, &args),
         Command::Trace(TraceCommand::Info(args)) => trace::info(console, &args),
+        Command::Trace(TraceCommand::Merge(args)) => trace::merge(console, &args),
         Command::Inspect(args) => inspect::inspect(console, &args),
         Command::Export(args) => inspect::export(console, &args),
         Command::Verify(args) => verify::verify(console, &args),

@@ -1,10 +1,10 @@
-//! `calibc trace check|info`.
+//! `calibc trace check|info|merge`.
 
 use calibc_trace::summary::EPSILONS;
-use calibc_trace::{Trace, TraceError};
+use calibc_trace::{Trace, TraceError, merge as merging};
 use serde_json::{Value, json};
 
-use crate::args::{TraceArgs, TraceInfoArgs};
+use crate::args::{TraceArgs, TraceInfoArgs, TraceMergeArgs};
 use crate::console::{Console, bytes, count};
 use crate::exit::{Exit, Failure};
 use crate::progress::{Bars, Unit};
@@ -123,5 +123,12 @@ pub(crate) fn info(console: &Console, args: &TraceInfoArgs) -> Result<Exit, Fail
     density.steps.iter().for_each(|(step, values)| row(step.to_string(), values));
     text.push('\n');
     console.data(&text)?;
+    Ok(Exit::Ok)
+}
+
+pub(crate) fn merge(console: &Console, args: &TraceMergeArgs) -> Result<Exit, Failure> {
+    let manifest = if args.parts { merging::merge_parts(&args.out)? } else { merging::merge(&args.out, &args.traces)? };
+    let (prompts, shards) = (manifest.prompts.len() as u64, manifest.shards.len() as u64);
+    console.note(&format!("{}: {} in {}", args.out.display(), count(prompts, "prompt"), count(shards, "shard")));
     Ok(Exit::Ok)
 }

@@ -4,8 +4,9 @@
 //! hard-linked where the file system can, and otherwise copied, their digests checked on the way.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use calibc_ir::StepId;
@@ -172,6 +173,17 @@ impl Plan<'_> {
     }
 }
 
+impl Plan<'_> {
+    /// Makes the whole trace in `staging`, where a dead merge may have left something.
+    fn stage(&self, staging: &Path) -> Result<(), TraceError> {
+        if staging.symlink_metadata().is_ok() {
+            fs::remove_dir_all(staging).map_err(TraceError::io("remove", staging))?;
+        }
+        fs::create_dir(staging).map_err(TraceError::io("create", staging))?;
+        self.carry_out(staging)
+    }
+}
+
 /// Hard-links a file into its place, replacing what is there; whether that worked.
 fn link(from: &Path, to: &Path) -> bool {
     match fs::hard_link(from, to) {
@@ -205,7 +217,8 @@ fn copy(from: &Path, to: &Path, name: &str, file: &FileEntry) -> Result<(), Trac
     writer::persist(temp, to)
 }
 
-/// Makes `out`, a new folder, the trace of everything in `inputs`. It appears whole, or not at all.
+/// Makes `out`, a new folder, the trace of everything in `inputs`. It appears whole, or not at all; what a merge that was killed
+/// left beside it, under names with a dot, the next one to the same place takes away.
 ///
 /// # Errors
 /// If the inputs do not belong together or are no traces, `out` exists, or the file system refuses.
@@ -213,12 +226,7 @@ pub fn merge(out: &Path, inputs: &[PathBuf]) -> Result<Manifest, TraceError> {
     if inputs.is_empty() {
         return Err(TraceError::NothingToMerge { dir: out.to_owned() });
     }
-    // An empty folder is as good as none: a rename replaces it.
-    let taken = match fs::read_dir(out) {
-        Ok(mut list) => list.next().is_some(),
-        Err(e) => e.kind() != io::ErrorKind::NotFound,
-    };
-    if taken {
+    if is_taken(out) {
         return Err(TraceError::OutputExists { dir: out.to_owned() });
     }
     let read = inputs.iter().map(|dir| Ok((dir.clone(), read(dir)?))).collect::<Result<Vec<_>, TraceError>>()?;
@@ -226,16 +234,49 @@ pub fn merge(out: &Path, inputs: &[PathBuf]) -> Result<Manifest, TraceError> {
     let absolute = std::path::absolute(out).map_err(TraceError::io("find", out))?;
     let parent = absolute.parent().unwrap_or(&absolute);
     fs::create_dir_all(parent).map_err(TraceError::io("create", parent))?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".calibc-merge-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    let temp = builder.tempdir_in(parent).map_err(TraceError::io("create a folder in", parent))?;
-    plan.carry_out(temp.path())?;
-    fs::rename(temp.path(), &absolute).map_err(TraceError::io("create", out))?;
-    // Nothing is there any more to clean up.
-    let _ = temp.keep();
+    let name = absolute.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let staging = parent.join(format!(".{name}.calibc-merge"));
+    let lock = parent.join(format!(".{name}.calibc-merge.lock"));
+    let held = lock_beside(&lock)?.ok_or_else(|| TraceError::Locked { dir: out.to_owned() })?;
+    if is_taken(out) {
+        return Err(TraceError::OutputExists { dir: out.to_owned() });
+    }
+    let made =
+        plan.stage(&staging).and_then(|()| fs::rename(&staging, &absolute).map_err(TraceError::io("create", out)));
+    if made.is_err() {
+        // The error that matters is the first.
+        let _ = fs::remove_dir_all(&staging);
+    }
+    fs::remove_file(&lock).map_err(TraceError::io("remove", &lock))?;
+    drop(held);
+    made?;
     Ok(plan.manifest)
+}
+
+/// Whether something is at `out` already. An empty folder is as good as none: a rename replaces it.
+fn is_taken(out: &Path) -> bool {
+    match fs::read_dir(out) {
+        Ok(mut list) => list.next().is_some(),
+        Err(e) => e.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// Takes a lock whose file is removed by whoever holds it; `None` where another process does.
+fn lock_beside(path: &Path) -> Result<Option<File>, TraceError> {
+    loop {
+        let file = File::options().create(true).append(true).open(path).map_err(TraceError::io("open", path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(e)) => return Err(TraceError::io("lock", path)(e)),
+        }
+        // The last holder may have removed the file between the two calls.
+        let same = |a: &Metadata, b: &Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        let own = file.metadata().map_err(TraceError::io("read", path))?;
+        if path.metadata().is_ok_and(|there| same(&there, &own)) {
+            return Ok(Some(file));
+        }
+    }
 }
 
 /// Makes one trace of `dir` and the parts below it, and removes the parts. After a kill it can be done again: the parts go last.

@@ -23,7 +23,8 @@ use crate::writer::{Extras, OpenShard, TEMPORARY, TraceSpec, TraceWriter};
 
 /// The folder of parts; a prompt cannot have this name.
 pub(crate) const PARTS: &str = ".parts";
-const LOCK: &str = ".calibc-lock";
+/// The file whose lock says that somebody writes.
+pub(crate) const LOCK: &str = ".calibc-lock";
 
 /// A folder being captured into.
 #[derive(Debug)]
