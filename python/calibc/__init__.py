@@ -2,8 +2,10 @@
 
     import calibc
 
+    with calibc.capture(pipe, "traces/"):                    # a diffusers pipeline, or its transformer
+        pipe(prompt)
     calibc.compile("traces/", out="plan.bundle")             # what the command `calibc compile` does
-    bundle = calibc.Bundle("plan.bundle")
+    handle = calibc.apply_sparse_attention(pipe, calibc.SparseAttentionConfig("plan.bundle"))
 
     plan = calibc.plan_from_mask(mask, q_len=S, kv_len=S, head_dim=128, dtype=torch.bfloat16)
     out = calibc.block_sparse_attention(q, k, v, plan)       # q, k, v [B, H, S, D]
@@ -28,16 +30,21 @@ if TYPE_CHECKING:
         apply_sparse_attention,
         remove_sparse_attention,
     )
+    from calibc.capturing import Capture, CaptureConfig, capture, merge_parts
     from calibc.masks import Plan, block_sparse_attention, plan_from_mask
 
 # Names that need torch, by the module that has them.
 _LAZY = {
+    "Capture": "calibc.capturing",
+    "CaptureConfig": "calibc.capturing",
     "FallbackWarning": "calibc.apply",
     "NotCovered": "calibc.apply",
     "Plan": "calibc.masks",
     "SparseAttentionConfig": "calibc.apply",
     "apply_sparse_attention": "calibc.apply",
     "block_sparse_attention": "calibc.masks",
+    "capture": "calibc.capturing",
+    "merge_parts": "calibc.capturing",
     "plan_from_mask": "calibc.masks",
     "remove_sparse_attention": "calibc.apply",
 }
@@ -46,6 +53,8 @@ __all__ = [
     "BadInput",
     "Bundle",
     "CalibcError",
+    "Capture",
+    "CaptureConfig",
     "Environment",
     "FallbackWarning",
     "FileSystem",
@@ -58,7 +67,9 @@ __all__ = [
     "__version__",
     "apply_sparse_attention",
     "block_sparse_attention",
+    "capture",
     "compile",
+    "merge_parts",
     "plan_from_mask",
     "remove_sparse_attention",
 ]

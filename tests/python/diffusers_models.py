@@ -104,7 +104,7 @@ def hunyuan_video(real: int = 20) -> Tiny:
 
     def inputs(level: float, seed: int) -> dict[str, Any]:
         return {
-            "hidden_states": _noise(seed, 1, 4, 2, 32, 30),
+            "hidden_states": _noise(seed, 1, 4, 3, 32, 30),
             "timestep": torch.tensor([1000 * level]),
             "encoder_hidden_states": _noise(seed + 1, 1, 48, 16),
             "encoder_attention_mask": (torch.arange(48) < real)[None].long(),
@@ -112,7 +112,7 @@ def hunyuan_video(real: int = 20) -> Tiny:
             "guidance": torch.tensor([6000.0]),
         }
 
-    return Tiny("hunyuan_video", _prepared(module), (2, 16, 15), 48, "after", 2, 2, 128, inputs)
+    return Tiny("hunyuan_video", _prepared(module), (3, 16, 15), 48, "after", 2, 2, 128, inputs)
 
 
 def mochi(real: tuple[int, ...] = (9, 33)) -> Tiny:
@@ -126,13 +126,13 @@ def mochi(real: tuple[int, ...] = (9, 33)) -> Tiny:
     def inputs(level: float, seed: int) -> dict[str, Any]:
         batch = len(real)
         return {
-            "hidden_states": _noise(seed, batch, 4, 2, 32, 30),
+            "hidden_states": _noise(seed, batch, 4, 3, 32, 30),
             "timestep": torch.tensor([1000 * (1 - level)]).expand(batch),
             "encoder_hidden_states": _noise(seed + 1, batch, 48, 16),
             "encoder_attention_mask": torch.stack([torch.arange(48) < n for n in real]),
         }
 
-    return Tiny("mochi", _prepared(module), (2, 16, 15), 48, "after", 2, 2, 64, inputs)
+    return Tiny("mochi", _prepared(module), (3, 16, 15), 48, "after", 2, 2, 64, inputs)
 
 
 def ltx(batch: int = 2) -> Tiny:
