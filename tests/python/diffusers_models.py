@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 BLOCK = 128
 
+# Tiny tensors gain nothing from threads, and lose much on a busy machine.
+torch.set_num_threads(1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
