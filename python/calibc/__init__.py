@@ -23,6 +23,7 @@ from calibc.bundle import Bundle, compile
 from calibc.errors import BadInput, CalibcError, Environment, FileSystem, Internal, NotForThisGpu, Usage
 
 if TYPE_CHECKING:
+    from calibc import ops
     from calibc.apply import (
         FallbackWarning,
         NotCovered,
@@ -70,12 +71,15 @@ __all__ = [
     "capture",
     "compile",
     "merge_parts",
+    "ops",
     "plan_from_mask",
     "remove_sparse_attention",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("calibc.ops")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'calibc' has no attribute {name!r}")

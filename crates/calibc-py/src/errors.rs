@@ -45,6 +45,11 @@ pub(crate) fn usage(py: Python<'_>, message: String) -> PyErr {
     exception(py, "Usage", message)
 }
 
+/// What cannot be, and was.
+pub(crate) fn internal(py: Python<'_>, message: &str) -> PyErr {
+    exception(py, "Internal", format!("internal error: {message}"))
+}
+
 /// Input that is not what the plan needs.
 pub(crate) fn bad_input(py: Python<'_>, message: String) -> PyErr {
     exception(py, "BadInput", message)

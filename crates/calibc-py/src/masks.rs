@@ -10,7 +10,7 @@ use calibc_runtime::cuda::Device;
 use pyo3::prelude::*;
 
 use crate::bundle::Bundle;
-use crate::errors::{bad_input, of_session, raise, usage};
+use crate::errors::{bad_input, internal, of_session, raise, usage};
 use crate::session::{Quiet, interruptible};
 
 /// Most plans kept. Each holds its masks, and on a GPU its tables: some megabytes for the largest models.
@@ -121,7 +121,7 @@ pub(crate) fn plan_from_mask(
         (Ok(output), _) => output,
         (Err(error), interrupt) => return Err(explain(py, error, interrupt)),
     };
-    let packed = output.packed.ok_or_else(|| usage(py, "a compile to the end makes a bundle".to_owned()))?;
+    let packed = output.packed.ok_or_else(|| internal(py, "a compile to the end made no bundle"))?;
     let plan = Py::new(py, Bundle::of(packed.bundle))?;
     Ok(keep(py, key, plan))
 }

@@ -10,7 +10,7 @@ use calibc_driver::{CacheChoice, DriverError, Event, Observer, Options};
 use calibc_ir::Arch;
 use pyo3::prelude::*;
 
-use crate::errors::{of_session, raise, usage};
+use crate::errors::{internal, of_session, raise, usage};
 
 /// How often Python gets to see whether a signal came.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -99,7 +99,7 @@ pub(crate) fn compile(
     let (result, interrupt) = interruptible(py, bars, move |observer| calibc_driver::compile(&options, observer));
     let output = result.map_err(|error| of_session(py, error, interrupt))?;
     let Some(packed) = output.packed else {
-        return Err(usage(py, "a compile to the end makes a bundle".to_owned()));
+        return Err(internal(py, "a compile to the end made no bundle"));
     };
     py.detach(|| calibc_bundle::write(&out, &packed.bytes)).map_err(|error| raise(py, error))
 }
