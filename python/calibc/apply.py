@@ -75,6 +75,9 @@ class SparseAttentionConfig:
     """How a denoising step finds its plan: by noise level, which also serves other numbers of steps, or by its number."""
     sigma_tolerance: float = 0.05
     """Furthest noise level of a plan that serves a step; further ones fall back."""
+    resident_steps: int | None = 2
+    """Of how many steps, at least 2, a GPU holds the masks at a time: the next one's are uploaded while one runs. `None` holds all,
+    which takes more memory and lets passes of several streams overlap."""
 
 
 @dataclasses.dataclass
@@ -311,8 +314,9 @@ class _Hook(ContextHook):
         capability = torch.cuda.get_device_capability(device)
         if not self.bundle.has_kernels(capability):
             return f"the bundle has no kernels for {torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
+        window = self.config.resident_steps
         try:
-            ops.load(self.bundle, device)
+            ops.load(self.bundle, device, None if window is None or window >= self.bundle.steps else window)
         except Environment as error:
             return str(error)
         return None
@@ -371,6 +375,8 @@ class _Hook(ContextHook):
     def set_step(self, step: int) -> None:
         """Moves all layers to a step of the plan. Waits for nothing."""
         self._at = step
+        if self.control.step.is_cuda:
+            ops.enter(self.bundle, step, self.control.step.device)
         self.control.step.fill_(step)
 
     def _densities(self, step: int) -> list[float]:
@@ -469,6 +475,8 @@ def apply_sparse_attention(target: object, config: SparseAttentionConfig | Path 
     """
     if not isinstance(config, SparseAttentionConfig):
         config = SparseAttentionConfig(config)
+    if config.resident_steps is not None and config.resident_steps < 2:
+        raise Usage("resident_steps must be at least 2: the step that runs, and the next")
     modules = transformers_of(target)
     bundles = _bundles(config, modules)
     handle = Handle(config)

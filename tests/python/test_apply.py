@@ -449,6 +449,19 @@ class Misuse(unittest.TestCase):
         remove_sparse_attention(model.module)
         apply_sparse_attention(model.module, bundle).remove()
 
+    def test_window(self) -> None:
+        model = wan()
+        with self.assertRaisesRegex(calibc.Usage, "at least 2"):
+            apply_sparse_attention(model.module, SparseAttentionConfig(plan(model)[0], resident_steps=1))
+
+    def test_set_step(self) -> None:
+        model = wan()
+        with apply_sparse_attention(model.module, plan(model)[0]) as handle:
+            handle.set_step(2)
+            self.assertEqual(int(handle._hooks[0].control.step), 2)
+            with self.assertRaisesRegex(calibc.BadInput, "step 3 is out of range"):
+                handle.set_step(3)
+
     def test_backends(self) -> None:
         model = wan()
         bundle, _ = plan(model)
