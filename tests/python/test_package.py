@@ -161,12 +161,18 @@ class Compile(unittest.TestCase):
     def test_ctrl_c_stops_a_compile(self):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "out.bundle")
-            # Kernels for every architecture and no cache: far longer than the second it gets.
+            cache = Path(folder, "cache")
+            # Stopped when the first of dozens of kernels is there.
             script = (
-                "import calibc, os, signal, threading\n"
-                "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+                "import calibc, os, pathlib, signal, threading, time\n"
+                f"cache = pathlib.Path({str(cache)!r})\n"
+                "def interrupt():\n"
+                "    while not any(path.is_file() for path in cache.rglob('*')):\n"
+                "        time.sleep(0.01)\n"
+                "    os.kill(os.getpid(), signal.SIGINT)\n"
+                "threading.Thread(target=interrupt, daemon=True).start()\n"
                 "try:\n"
-                f"    calibc.compile({str(TRACES)!r}, out={str(out)!r}, cache_dir={str(Path(folder, 'cache'))!r},\n"
+                f"    calibc.compile({str(TRACES)!r}, out={str(out)!r}, cache_dir=cache,\n"
                 "        target=['sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_90a', 'sm_100', 'sm_120'])\n"
                 "except KeyboardInterrupt:\n"
                 "    print('stopped')\n"

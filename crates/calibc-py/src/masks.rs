@@ -10,8 +10,8 @@ use calibc_runtime::cuda::Device;
 use pyo3::prelude::*;
 
 use crate::bundle::Bundle;
-use crate::errors::{bad_input, internal, of_session, raise, usage};
-use crate::session::{Quiet, interruptible};
+use crate::errors::{bad_input, internal, raise, usage};
+use crate::session::{Quiet, finished, interruptible};
 
 /// Most plans kept. Each holds its masks, and on a GPU its tables: some megabytes for the largest models.
 const KEPT: usize = 32;
@@ -116,24 +116,24 @@ pub(crate) fn plan_from_mask(
         emit: Emit::Bundle,
         ..Options::default()
     };
-    let made = interruptible(py, Quiet, move |observer| calibc_driver::compile_masks(masks, &options, observer));
-    let output = match made {
-        (Ok(output), _) => output,
-        (Err(error), interrupt) => return Err(explain(py, error, interrupt)),
-    };
+    let (result, interrupt) =
+        interruptible(py, Quiet, move |observer| calibc_driver::compile_masks(masks, &options, observer));
+    if let Err(error) = &result
+        && let Some(error) = in_own_words(py, error)
+    {
+        return Err(error);
+    }
+    let output = finished(py, result, interrupt)?;
     let packed = output.packed.ok_or_else(|| internal(py, "a compile to the end made no bundle"))?;
     let plan = Py::new(py, Bundle::of(packed.bundle))?;
     Ok(keep(py, key, plan))
 }
 
-/// An empty row is said in the caller's words: `s0.l0.h3` means nothing to someone with a single layer.
-fn explain(py: Python<'_>, error: DriverError, interrupt: Option<PyErr>) -> PyErr {
-    if let DriverError::Opt(calibc_opt::OptError::EmptyRow { site, row, .. }) = &error {
-        let head = site.head.index();
-        let message = format!("mask[{head}, {row}] keeps no block; every query block must keep at least one");
-        return bad_input(py, message);
-    }
-    of_session(py, error, interrupt)
+/// An empty row in the caller's words: `s0.l0.h3` means nothing to someone with a single layer.
+fn in_own_words(py: Python<'_>, error: &DriverError) -> Option<PyErr> {
+    let DriverError::Opt(calibc_opt::OptError::EmptyRow { site, row, .. }) = error else { return None };
+    let head = site.head.index();
+    Some(bad_input(py, format!("mask[{head}, {row}] keeps no block; every query block must keep at least one")))
 }
 
 fn pack(head: &[u8], rows: usize, cols: usize) -> BlockMask {

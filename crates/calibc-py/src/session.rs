@@ -71,6 +71,14 @@ pub(crate) fn interruptible<T: Send, O: Observer + Send>(
     })
 }
 
+/// The result of a session. A signal that came too late to stop it is raised all the same: it must not be lost.
+pub(crate) fn finished<T>(py: Python<'_>, result: Result<T, DriverError>, interrupt: Option<PyErr>) -> PyResult<T> {
+    match (result, interrupt) {
+        (Ok(_), Some(interrupt)) => Err(interrupt),
+        (result, interrupt) => result.map_err(|error| of_session(py, error, interrupt)),
+    }
+}
+
 /// Compiles traces into a bundle at `out`, as `calibc compile` does.
 #[pyfunction]
 #[pyo3(signature = (traces, out, *, spec, archs, portable, nvrtc, cache_dir, progress))]
@@ -97,7 +105,7 @@ pub(crate) fn compile(
     let options = Options { traces, spec, archs, portable, nvrtc, cache, ..Options::default() };
     let bars = calibc_cli::Bars::new(progress);
     let (result, interrupt) = interruptible(py, bars, move |observer| calibc_driver::compile(&options, observer));
-    let output = result.map_err(|error| of_session(py, error, interrupt))?;
+    let output = finished(py, result, interrupt)?;
     let Some(packed) = output.packed else {
         return Err(internal(py, "a compile to the end made no bundle"));
     };
