@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """HunyuanVideo with calibrated sparse attention: capture traces, compile a plan, generate with it.
 
     pip install 'calibc[cu13]' torch diffusers transformers accelerate
@@ -69,7 +68,11 @@ def capture(args: argparse.Namespace) -> None:
 def compile(args: argparse.Namespace) -> None:
     bundle = calibc.compile(args.traces, out=args.bundle, spec=args.spec, target=args.target)
     layers = range(bundle.layers)
-    density = sum(bundle.density(step, layer) for step in range(bundle.steps) for layer in layers) / bundle.steps / bundle.layers
+    density = (
+        sum(bundle.density(step, layer) for step in range(bundle.steps) for layer in layers)
+        / bundle.steps
+        / bundle.layers
+    )
     print(f"{args.bundle}: density {density:.3f}; `calibc inspect {args.bundle}` shows more")
 
 
@@ -158,7 +161,11 @@ def main() -> None:
     args = parser.parse_args()
     if "tiny" in args:
         # 720p, 129 frames, 50 steps; or 3 x 16 x 16 tokens and 4 steps.
-        size = {"height": 256, "width": 256, "frames": 9, "steps": 4} if args.tiny else {"height": 720, "width": 1280, "frames": 129, "steps": 50}
+        size = (
+            {"height": 256, "width": 256, "frames": 9, "steps": 4}
+            if args.tiny
+            else {"height": 720, "width": 1280, "frames": 129, "steps": 50}
+        )
         for name, value in size.items():
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.act(args)

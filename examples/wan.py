@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Wan 2.1 / 2.2 text-to-video with calibrated sparse attention: capture traces, compile a plan, generate with it.
 
     pip install 'calibc[cu13]' torch diffusers transformers accelerate ftfy
@@ -39,7 +38,10 @@ def generate(pipe: object, args: argparse.Namespace, prompt: str, output_type: s
     generator = torch.Generator().manual_seed(args.seed)
     size = {"height": args.height, "width": args.width, "num_frames": args.frames, "num_inference_steps": args.steps}
     if args.tiny:
-        words = {"prompt_embeds": torch.randn(1, 16, 32, generator=generator), "negative_prompt_embeds": torch.zeros(1, 16, 32)}
+        words = {
+            "prompt_embeds": torch.randn(1, 16, 32, generator=generator),
+            "negative_prompt_embeds": torch.zeros(1, 16, 32),
+        }
     else:
         words = {"prompt": prompt, "negative_prompt": NEGATIVE}
     return pipe(**words, **size, guidance_scale=args.guidance, generator=generator, output_type=output_type).frames
@@ -65,7 +67,11 @@ def capture(args: argparse.Namespace) -> None:
 def compile(args: argparse.Namespace) -> None:
     bundle = calibc.compile(args.traces, out=args.bundle, spec=args.spec, target=args.target)
     layers = range(bundle.layers)
-    density = sum(bundle.density(step, layer) for step in range(bundle.steps) for layer in layers) / bundle.steps / bundle.layers
+    density = (
+        sum(bundle.density(step, layer) for step in range(bundle.steps) for layer in layers)
+        / bundle.steps
+        / bundle.layers
+    )
     print(f"{args.bundle}: density {density:.3f}; `calibc inspect {args.bundle}` shows more")
 
 
@@ -146,7 +152,11 @@ def main() -> None:
     args = parser.parse_args()
     if "tiny" in args:
         # 480p, 81 frames, 50 steps; or 3 x 16 x 16 tokens and 4 steps.
-        size = {"height": 256, "width": 256, "frames": 9, "steps": 4} if args.tiny else {"height": 480, "width": 832, "frames": 81, "steps": 50}
+        size = (
+            {"height": 256, "width": 256, "frames": 9, "steps": 4}
+            if args.tiny
+            else {"height": 480, "width": 832, "frames": 81, "steps": 50}
+        )
         for name, value in size.items():
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.act(args)

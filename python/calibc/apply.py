@@ -212,7 +212,9 @@ _WORDS = {
 class _Hook(ContextHook):
     """Decides per forward pass, and counts."""
 
-    def __init__(self, adapter: Adapter, bundle: Bundle, config: SparseAttentionConfig, handle: Handle, name: str) -> None:
+    def __init__(
+        self, adapter: Adapter, bundle: Bundle, config: SparseAttentionConfig, handle: Handle, name: str
+    ) -> None:
         super().__init__()
         self.handle = handle
         self.bundle = bundle
@@ -226,7 +228,7 @@ class _Hook(ContextHook):
         self._at = 0
         self._reason: tuple[str, str] | None = None
         self.control = _Control(bundle, adapter.drops_padding)
-        self.attentions = adapter.layers()
+        self.attentions: list[Any] = adapter.layers()
         self.originals: list[Any] = [attn.processor for attn in self.attentions]
         self.layers = [
             _Layer(self.control, ops.site(bundle, i), config.fallback if adapter.dispatches else None)
@@ -325,7 +327,9 @@ class _Hook(ContextHook):
         if device.type == "cpu":
             return frozenset((torch.float32, *_NAMES))
         symbols = [symbol for symbol, _ in self.bundle.kernels]
-        return frozenset(dtype for dtype, name in _NAMES.items() if any(f"_{name}_" in f"{symbol}_" for symbol in symbols))
+        return frozenset(
+            dtype for dtype, name in _NAMES.items() if any(f"_{name}_" in f"{symbol}_" for symbol in symbols)
+        )
 
     def _shape(self, call: Call) -> tuple[str, str] | None:
         bundle, control = self.bundle, self.control
@@ -386,7 +390,7 @@ class _Hook(ContextHook):
 
     def install(self) -> None:
         for attn, processor in zip(self.attentions, self.processors, strict=True):
-            attn.set_processor(processor) if hasattr(attn, "set_processor") else setattr(attn, "processor", processor)
+            attn.processor = processor
         attach(self._adapter.module, self, _HOOK)
 
     def uninstall(self) -> None:

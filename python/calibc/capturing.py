@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -40,8 +41,10 @@ from calibc.adapters.schedule import (
     Timesteps,
     attach,
     attached,
-    capturing as recording_graph,
     detach,
+)
+from calibc.adapters.schedule import (
+    capturing as recording_graph,
 )
 from calibc.apply import _HOOK as _SPARSE_HOOK
 from calibc.errors import BadInput, Usage
@@ -164,11 +167,9 @@ class _Hook(ContextHook):
         self._shards: dict[str, Any] = {}
         self._step = 0
         self._seen = 0
-        self.attentions = adapter.layers()
+        self.attentions: list[Any] = adapter.layers()
         self.originals: list[Any] = [attn.processor for attn in self.attentions]
-        self.processors = [
-            adapter.processor(original, _Layer(self, i)) for i, original in enumerate(self.originals)
-        ]
+        self.processors = [adapter.processor(original, _Layer(self, i)) for i, original in enumerate(self.originals)]
 
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -233,7 +234,9 @@ class _Hook(ContextHook):
         """Statistics of one layer. Returns the dense output where it was computed on the way, else `None`."""
         self._seen += 1
         problem = Problem(query, key, value, self.lengths, self._adapter.drops_padding, scale)
-        return self._capture._measure(layer, problem, {row: (branch, self._shards[branch]) for row, branch in self.rows.items()}, self._step)
+        return self._capture._measure(
+            layer, problem, {row: (branch, self._shards[branch]) for row, branch in self.rows.items()}, self._step
+        )
 
     def install(self) -> None:
         for attn, processor in zip(self.attentions, self.processors, strict=True):
@@ -284,7 +287,9 @@ class Capture:
         return list(prompts[self._rank :: self._world])
 
     @contextlib.contextmanager
-    def prompt(self, name: str, *, seed: int | None = None, split: str = "calibration", label: str = "") -> Iterator[None]:
+    def prompt(
+        self, name: str, *, seed: int | None = None, split: str = "calibration", label: str = ""
+    ) -> Iterator[None]:
         """Names the one generation inside. Without it prompts are told apart by themselves and numbered.
 
         Args:
@@ -307,7 +312,9 @@ class Capture:
             yield
             if not prompt.done:
                 missing = f"{len(prompt.left)} captured passes are missing" if prompt.begun else "nothing was generated"
-                raise BadInput(f"prompt {name} is not whole: {missing}; generate it with all steps and guidance as configured")
+                raise BadInput(
+                    f"prompt {name} is not whole: {missing}; generate it with all steps and guidance as configured"
+                )
         finally:
             self._abandon(None)
             self._progress.reset()
@@ -371,7 +378,9 @@ class Capture:
         """Everything about the trace is known: opens it."""
         config = self._config
         if call.grid is None:
-            raise BadInput("the model is not told its grid of tokens, which a trace must have; pass num_frames, height and width")
+            raise BadInput(
+                "the model is not told its grid of tokens, which a trace must have; pass num_frames, height and width"
+            )
         self._sigmas = self._schedule(adapter, call, timesteps)
         self._steps = config.chosen(len(self._sigmas))
         text_position = adapter.text_position if call.text_tokens else "none"
@@ -399,7 +408,9 @@ class Capture:
         )
         self._known = set(self._writer.prompts)
         self._announce()
-        self._statistics = statistics_on(call.latents.device, geometry, config.rows_per_block, config.anchors, config.encoding, config.deviation)
+        self._statistics = statistics_on(
+            call.latents.device, geometry, config.rows_per_block, config.anchors, config.encoding, config.deviation
+        )
 
     def _schedule(self, adapter: Adapter, call: Call, timesteps: Timesteps) -> list[float]:
         """Noise level of every step of the sampler."""
@@ -412,16 +423,22 @@ class Capture:
         else:
             levels = timesteps.schedule(call.timestep)
         if not levels:
-            raise BadInput("the schedule cannot be told from the timesteps; pass CaptureConfig(sigmas=[...]), one per step")
+            raise BadInput(
+                "the schedule cannot be told from the timesteps; pass CaptureConfig(sigmas=[...]), one per step"
+            )
         # Schedulers of second order visit some timesteps twice.
         distinct = [level for i, level in enumerate(levels) if i == 0 or level != levels[i - 1]]
-        if any(a <= b for a, b in zip(distinct, distinct[1:], strict=False)):
+        if any(a <= b for a, b in itertools.pairwise(distinct)):
             raise BadInput(f"noise levels must fall from step to step, but the schedule is {distinct}")
         return distinct
 
     def _announce(self) -> None:
         config, writer = self._config, self._writer
-        extras = {"deviation": config.deviation, "anchor_similarity": bool(config.anchors), "anchor_error": bool(config.anchors)}
+        extras = {
+            "deviation": config.deviation,
+            "anchor_similarity": bool(config.anchors),
+            "anchor_error": bool(config.anchors),
+        }
         branches = len(config.branches)
         one = writer.estimate(1, len(self._steps), branches, **extras)
         free = writer.free_space()
@@ -430,14 +447,18 @@ class Capture:
             f"about {_size(one)} per prompt, {_size(one * config.prompts)} for {config.prompts}, {_size(free)} free"
         )
         if len(self._steps) < len(self._sigmas):
-            _say(f"captured steps: {', '.join(map(str, self._steps))}; the others will take the masks' energies of the nearest of these")
+            _say(
+                f"captured steps: {', '.join(map(str, self._steps))}; the others will take the masks' energies of the nearest of these"
+            )
         writer.check_space(one * config.prompts)
 
     def _check_geometry(self, call: Call) -> None:
         have = self._geometry
         assert have is not None, "a generation has started"
         if call.grid != (have.frames, have.height, have.width) or call.text_tokens != have.text_tokens:
-            raise BadInput(f"this pass has the grid {call.grid} and {call.text_tokens} text tokens, the trace {have}; one trace has one size")
+            raise BadInput(
+                f"this pass has the grid {call.grid} and {call.text_tokens} text tokens, the trace {have}; one trace has one size"
+            )
 
     def _wanted_step(self, level: float) -> int | None:
         """The step of this noise level, if it is to be captured."""

@@ -115,7 +115,9 @@ Write = Callable[[int, Measured], None]
 class Statistics(abc.ABC):
     """Measures layers and hands them on."""
 
-    def __init__(self, geometry: Geometry, rows_per_block: int, anchors: tuple[int, ...], encoding: str, deviation: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, rows_per_block: int, anchors: tuple[int, ...], encoding: str, deviation: bool
+    ) -> None:
         self._geometry = geometry
         self._rows_per_block = rows_per_block
         self._encoding = encoding
@@ -212,18 +214,18 @@ class OnGpu(Statistics):
         self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     def measure(self, problem: Problem, seeds: dict[int, int], write: Write) -> Tensor | None:
-        out = torch.empty_like(problem.query)
+        outs = []
+        tokens = problem.query.shape[2]
         for row in range(problem.query.shape[0]):
             q, k, v = problem.sample(row)
             if q.dtype not in (torch.bfloat16, torch.float16):
                 raise BadInput(f"q is {q.dtype} on a GPU; run the model in bfloat16 or float16 to capture it")
-            row_out, lse = block_sparse_attention(q, k, v, self._dense(q, k), problem.scale, return_lse=True)
-            at = q.shape[2]
-            out[row : row + 1, :, :at] = row_out
-            out[row : row + 1, :, at:] = 0
+            out, lse = block_sparse_attention(q, k, v, self._dense(q, k), problem.scale, return_lse=True)
             if row in seeds:
-                self._measure(problem, (q, k, v, row_out, lse), row, seeds[row], write)
-        return out
+                self._measure(problem, (q, k, v, out, lse), row, seeds[row], write)
+            # Padding that gave no queries has outputs of 0.
+            outs.append(torch.nn.functional.pad(out, (0, 0, 0, tokens - out.shape[2])))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _measure(self, problem: Problem, tensors: tuple[Tensor, ...], row: int, seed: int, write: Write) -> None:
         q, k, v, out, lse = tensors
@@ -231,7 +233,10 @@ class OnGpu(Statistics):
         coded = torch.uint8 if self._encoding == "log2-u8" else torch.float32
         energy, deviation = (torch.empty(blocks, dtype=coded, device=self._device) for _ in range(2))
         self._kernel(q).block_statistics(
-            *(_described(x) for x in (q, k, v, out)),
+            _described(q),
+            _described(k),
+            _described(v),
+            _described(out),
             (lse.data_ptr(), tuple(lse.shape), tuple(lse.stride())),
             energy=energy.data_ptr(),
             deviation=deviation.data_ptr(),
@@ -291,7 +296,9 @@ class OnGpu(Statistics):
         key = (q.dtype, q.shape[3])
         if key not in self._kernels:
             encoding = "log2-u8" if self._encoding == "log2-u8" else "f32"
-            self._kernels[key] = _native.CaptureKernel(self._device.index, _NAMES[q.dtype], q.shape[3], encoding=encoding)
+            self._kernels[key] = _native.CaptureKernel(
+                self._device.index, _NAMES[q.dtype], q.shape[3], encoding=encoding
+            )
         return self._kernels[key]
 
     def _dense(self, q: Tensor, k: Tensor) -> Plan:
@@ -314,7 +321,8 @@ class AnchorStatistics:
         # For each count, the position that each position is copied from.
         self._sources = [
             torch.tensor(
-                _native.anchor_source(g.frames, g.height, g.width, g.text_tokens, g.text_position, None, count), dtype=torch.int64
+                _native.anchor_source(g.frames, g.height, g.width, g.text_tokens, g.text_position, None, count),
+                dtype=torch.int64,
             )
             for count in counts
         ]
@@ -365,10 +373,13 @@ class AnchorStatistics:
         for h in range(0, q.shape[0], head_step):
             at = slice(h, h + head_step)
             keys = k[at].float().mT
-            total: Tensor | float = 0.0
+            total = torch.zeros(keys.shape[0], device=q.device)
             for n in range(0, count, row_step):
                 mine, theirs = (
-                    (q[at].index_select(1, tokens).float() @ keys * scale - lse[at].index_select(1, tokens)[..., None].float())
+                    (
+                        q[at].index_select(1, tokens).float() @ keys * scale
+                        - lse[at].index_select(1, tokens)[..., None].float()
+                    )
                     .exp()
                     .unflatten(1, (-1, columns))
                     for tokens in (rows[n : n + row_step].flatten(), anchors[n : n + row_step].flatten())
@@ -411,7 +422,12 @@ def _strata(count: int, wanted: int, generator: torch.Generator) -> Tensor:
 
 
 def statistics_on(
-    device: torch.device, geometry: Geometry, rows_per_block: int, anchors: tuple[int, ...], encoding: str, deviation: bool
+    device: torch.device,
+    geometry: Geometry,
+    rows_per_block: int,
+    anchors: tuple[int, ...],
+    encoding: str,
+    deviation: bool,
 ) -> Statistics:
     """What measures on a device."""
     if device.type == "cpu":

@@ -84,7 +84,13 @@ def _prepared(module: nn.Module) -> nn.Module:
 def wan(layers: int = 2, frames: int = 3) -> Tiny:
     torch.manual_seed(0)
     module = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
         num_layers=layers,
     )
 
@@ -101,8 +107,17 @@ def wan(layers: int = 2, frames: int = 3) -> Tiny:
 def hunyuan_video(real: int = 20) -> Tiny:
     torch.manual_seed(0)
     module = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=128, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, mlp_ratio=1.0, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(16, 56, 56),
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=128,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=1.0,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(16, 56, 56),
     )
 
     def inputs(level: float, seed: int) -> dict[str, Any]:
@@ -121,8 +136,14 @@ def hunyuan_video(real: int = 20) -> Tiny:
 def mochi(real: tuple[int, ...] = (9, 33)) -> Tiny:
     torch.manual_seed(0)
     module = MochiTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=64, num_layers=2, pooled_projection_dim=32, in_channels=4, text_embed_dim=16,
-        time_embed_dim=16, max_sequence_length=48,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        num_layers=2,
+        pooled_projection_dim=32,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        max_sequence_length=48,
     )
     module.pos_frequencies.data.normal_(generator=torch.Generator().manual_seed(3))
 
@@ -141,7 +162,12 @@ def mochi(real: tuple[int, ...] = (9, 33)) -> Tiny:
 def ltx(batch: int = 2) -> Tiny:
     torch.manual_seed(0)
     module = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=128, num_layers=2,
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        cross_attention_dim=128,
+        num_layers=2,
         caption_channels=16,
     )
 
@@ -151,7 +177,9 @@ def ltx(batch: int = 2) -> Tiny:
             "encoder_hidden_states": _noise(seed + 1, batch, 16, 16),
             "timestep": torch.tensor([1000 * level]).expand(batch),
             "encoder_attention_mask": torch.ones(batch, 16),
-            "num_frames": 5, "height": 10, "width": 10,
+            "num_frames": 5,
+            "height": 10,
+            "width": 10,
         }
 
     return Tiny("ltx", _prepared(module), (5, 10, 10), 0, "none", 2, 2, 64, inputs)
@@ -160,8 +188,17 @@ def ltx(batch: int = 2) -> Tiny:
 def cogvideox(batch: int = 2) -> Tiny:
     torch.manual_seed(0)
     module = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-        num_layers=2, sample_width=32, sample_height=24, sample_frames=9, max_text_seq_length=20,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=32,
+        sample_height=24,
+        sample_frames=9,
+        max_text_seq_length=20,
         use_rotary_positional_embeddings=True,
     )
     rotary = (_noise(7, 3 * 12 * 16, 64).cos(), _noise(7, 3 * 12 * 16, 64).sin())
@@ -178,7 +215,11 @@ def cogvideox(batch: int = 2) -> Tiny:
 
 
 MODELS: dict[str, Callable[[], Tiny]] = {
-    "wan": wan, "hunyuan_video": hunyuan_video, "mochi": mochi, "ltx": ltx, "cogvideox": cogvideox,
+    "wan": wan,
+    "hunyuan_video": hunyuan_video,
+    "mochi": mochi,
+    "ltx": ltx,
+    "cogvideox": cogvideox,
 }
 
 
@@ -193,7 +234,9 @@ def random_masks(model: Tiny, steps: int, share: float) -> Tensor:
     return masks
 
 
-def compile_masks(model: Tiny, masks: Tensor, sigmas: list[float], folder: pathlib.Path, name: str = "plan") -> pathlib.Path:
+def compile_masks(
+    model: Tiny, masks: Tensor, sigmas: list[float], folder: pathlib.Path, name: str = "plan"
+) -> pathlib.Path:
     """A bundle of explicit masks."""
     tensors = {
         f"s{step}.l{layer}": masks[step, layer].to(torch.uint8).contiguous()

@@ -13,7 +13,14 @@ except ImportError as missing:
     raise unittest.SkipTest(f"no PyTorch or diffusers here: {missing}") from missing
 
 import calibc
-from calibc.apply import FallbackWarning, Handle, NotCovered, SparseAttentionConfig, apply_sparse_attention, remove_sparse_attention
+from calibc.apply import (
+    FallbackWarning,
+    Handle,
+    NotCovered,
+    SparseAttentionConfig,
+    apply_sparse_attention,
+    remove_sparse_attention,
+)
 from diffusers.hooks.hooks import HookRegistry
 from diffusers_models import MODELS, Tiny, compile_masks, folder, hunyuan_video, ltx, masked, mochi, random_masks, wan
 from torch import Tensor, nn
@@ -74,7 +81,9 @@ class EveryModel(unittest.TestCase):
                 want, before, forward = model(0.75), processors(model.module), model.module.forward
                 handle = apply_sparse_attention(model.module, plan(model)[0])
                 self.assertFalse(torch.equal(model(0.75), want))
-                self.assertEqual(sum(a is not b for a, b in zip(before, processors(model.module), strict=True)), model.layers)
+                self.assertEqual(
+                    sum(a is not b for a, b in zip(before, processors(model.module), strict=True)), model.layers
+                )
                 handle.remove()
                 handle.remove()
                 self.assertTrue(all(a is b for a, b in zip(before, processors(model.module), strict=True)))
@@ -92,7 +101,10 @@ class EveryModel(unittest.TestCase):
 
             def call(model: Tiny = model) -> Tensor:
                 inputs = model.inputs(0.75, 0)
-                half = {k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.dtype == torch.float32 else v for k, v in inputs.items()}
+                half = {
+                    k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.dtype == torch.float32 else v
+                    for k, v in inputs.items()
+                }
                 with torch.no_grad():
                     return model.module(**half, return_dict=False)[0]
 
@@ -119,7 +131,10 @@ class Steps(unittest.TestCase):
 
     def test_unknown_noise_level_falls_back(self) -> None:
         want = self.model(0.6)
-        with apply_sparse_attention(self.model.module, self.bundle) as handle, self.assertWarnsRegex(FallbackWarning, "0.15 from"):
+        with (
+            apply_sparse_attention(self.model.module, self.bundle) as handle,
+            self.assertWarnsRegex(FallbackWarning, "0.15 from"),
+        ):
             self.assertTrue(torch.equal(self.model(0.6), want))
         self.assertEqual(handle.stats().fallbacks, {"unknown sigma": 2})
         wide = SparseAttentionConfig(self.bundle, sigma_tolerance=0.3)
@@ -188,7 +203,9 @@ class Steps(unittest.TestCase):
 class Fallbacks(unittest.TestCase):
     """Each reason, by what a user would do to meet it."""
 
-    def declined(self, model: Tiny, bundle: calibc.Bundle, reason: str, *, want: Tensor | None = None, **change: object) -> None:
+    def declined(
+        self, model: Tiny, bundle: calibc.Bundle, reason: str, *, want: Tensor | None = None, **change: object
+    ) -> None:
         inputs = {**model.inputs(0.75, 0), **change}
         with torch.no_grad():
             want = model.module(**inputs, return_dict=False)[0] if want is None else want
@@ -305,7 +322,9 @@ class Fallbacks(unittest.TestCase):
                     # Also a backend that is chosen later.
                     for block in model.module.blocks:
                         block.attn1.processor._attention_backend = backend._NATIVE_MATH
-                    with mock.patch("calibc.adapters.dispatch.dispatch_attention_fn", side_effect=lambda q, k, v, **_: q) as spy:
+                    with mock.patch(
+                        "calibc.adapters.dispatch.dispatch_attention_fn", side_effect=lambda q, k, v, **_: q
+                    ) as spy:
                         model(0.6)
                 self.assertEqual({call.kwargs["backend"] for call in spy.call_args_list}, {want})
         self.assertEqual(model.module.blocks[0].attn1.processor._attention_backend, backend._NATIVE_MATH)

@@ -101,7 +101,9 @@ def anchors_of(p: Tensor, v: Tensor, model: Tiny, count: int) -> tuple[Tensor, T
     for f in range(frames):
         for y in range(height):
             a = min(anchors, key=lambda a: (abs(a - y), a))
-            mine, theirs = (slice(first + (f * height + i) * width, first + (f * height + i + 1) * width) for i in (y, a))
+            mine, theirs = (
+                slice(first + (f * height + i) * width, first + (f * height + i + 1) * width) for i in (y, a)
+            )
             copied[:, mine] = out[:, theirs]
             if a != y:
                 # The pattern of a row of the grid: its tokens' probabilities as one vector.
@@ -138,8 +140,12 @@ class EveryModel(unittest.TestCase):
                         # Values below the smallest code are 0.
                         self.assertLess(float(((have - want).abs() - want * ENCODING).max()), 1e-6, (name, kind))
                     similarity, error = anchors_of(p, v, model, 4)
-                    torch.testing.assert_close(shard[f"layers.{layer}.anchor_similarity"][:, 0], similarity.float(), rtol=1e-4, atol=1e-5)
-                    torch.testing.assert_close(shard[f"layers.{layer}.anchor_error"][:, 0], error.float(), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(
+                        shard[f"layers.{layer}.anchor_similarity"][:, 0], similarity.float(), rtol=1e-4, atol=1e-5
+                    )
+                    torch.testing.assert_close(
+                        shard[f"layers.{layer}.anchor_error"][:, 0], error.float(), rtol=1e-4, atol=1e-5
+                    )
                 self.assertEqual(_native.main(["calibc", "trace", "check", str(path / "t"), "-q"]), 0)
 
     def test_capture_compile_apply(self) -> None:
@@ -161,17 +167,23 @@ class EveryModel(unittest.TestCase):
                 self.assertEqual((bundle.frames, bundle.height, bundle.width), model.grid)
                 self.assertEqual((bundle.text_tokens, bundle.text_position), (model.text_tokens, model.text_position))
                 for step, level in enumerate(SIGMAS):
-                    masks = torch.stack([
-                        torch.stack([
-                            torch.frombuffer(bytearray(bundle.mask(step, layer, head)), dtype=torch.bool)
-                            for head in range(model.heads)
-                        ]).view(model.heads, model.blocks, model.blocks)
-                        for layer in range(model.layers)
-                    ])
+                    masks = torch.stack(
+                        [
+                            torch.stack(
+                                [
+                                    torch.frombuffer(bytearray(bundle.mask(step, layer, head)), dtype=torch.bool)
+                                    for head in range(model.heads)
+                                ]
+                            ).view(model.heads, model.blocks, model.blocks)
+                            for layer in range(model.layers)
+                        ]
+                    )
                     self.assertLess(float(masks.float().mean()), 1)
                     with masked(model, masks):
                         want = model(level)
-                    with calibc.apply_sparse_attention(model.module, calibc.SparseAttentionConfig(bundle, strict=True)) as handle:
+                    with calibc.apply_sparse_attention(
+                        model.module, calibc.SparseAttentionConfig(bundle, strict=True)
+                    ) as handle:
                         torch.testing.assert_close(model(level), want, rtol=1e-4, atol=2e-5)
                     self.assertEqual(handle.stats().sparse_calls, model.layers)
 
@@ -268,8 +280,14 @@ class Prompts(unittest.TestCase):
                     pass
             prompts = manifest(path / "t")["prompts"]
             self.assertEqual([p["id"] for p in prompts], ["b", "a"])
-            self.assertEqual({k: prompts[0][k] for k in ("seed", "split", "label")}, {"seed": 7, "split": "holdout", "label": "a boat"})
-            self.assertEqual(sorted(p.name for p in (path / "t").iterdir() if not p.name.startswith(".")), ["a", "b", "manifest.json"])
+            self.assertEqual(
+                {k: prompts[0][k] for k in ("seed", "split", "label")},
+                {"seed": 7, "split": "holdout", "label": "a boat"},
+            )
+            self.assertEqual(
+                sorted(p.name for p in (path / "t").iterdir() if not p.name.startswith(".")),
+                ["a", "b", "manifest.json"],
+            )
 
     def test_branches(self) -> None:
         """Guidance in two passes, and in one batch."""
@@ -314,10 +332,18 @@ class Refusals(unittest.TestCase):
             rising = CaptureConfig(sigmas=[0.1, 0.5])
             with self.assertRaisesRegex(calibc.BadInput, "must fall"), capture(model.module, path / "t", rising):
                 model(1.0)
-            with self.assertRaisesRegex(calibc.BadInput, "2 samples"), capture(model.module, path / "t", CONFIG), torch.no_grad():
+            with (
+                self.assertRaisesRegex(calibc.BadInput, "2 samples"),
+                capture(model.module, path / "t", CONFIG),
+                torch.no_grad(),
+            ):
                 model.module(torch.randn(2, 4, 3, 32, 32), torch.tensor([1000.0]), torch.randn(2, 16, 32))
             with capture(model.module, path / "t", CONFIG) as cap:
-                with self.assertRaisesRegex(calibc.BadInput, "one trace has one size"), cap.prompt("a"), torch.no_grad():
+                with (
+                    self.assertRaisesRegex(calibc.BadInput, "one trace has one size"),
+                    cap.prompt("a"),
+                    torch.no_grad(),
+                ):
                     model(1.0)
                     model.module(torch.randn(1, 4, 2, 32, 32), torch.tensor([750.0]), torch.randn(1, 16, 32))
             with self.assertRaisesRegex(calibc.Usage, "17 anchor rows"):
@@ -349,7 +375,10 @@ class Refusals(unittest.TestCase):
 
             model = wan()
             bundle = compile_masks(model, random_masks(model, 1, 0.5), [1.0], path)
-            with calibc.apply_sparse_attention(model.module, bundle), self.assertRaisesRegex(calibc.Usage, "runs on a plan"):
+            with (
+                calibc.apply_sparse_attention(model.module, bundle),
+                self.assertRaisesRegex(calibc.Usage, "runs on a plan"),
+            ):
                 capture(model.module, path / "t", CONFIG).__enter__()
             with capture(model.module, path / "t", CONFIG), self.assertRaisesRegex(calibc.Usage, "being captured"):
                 capture(model.module, path / "u", CONFIG).__enter__()
@@ -378,7 +407,11 @@ class Processes(unittest.TestCase):
         paths = os.pathsep.join([here, *[p for p in sys.path if p]])
         argv = [sys.executable, "-c", CHILD, str(path), prompts, str(kill_after)]
         return subprocess.Popen(
-            argv, env={**os.environ, "PYTHONPATH": paths, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            argv,
+            env={**os.environ, "PYTHONPATH": paths, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def test_killed_half_way(self) -> None:
@@ -391,7 +424,12 @@ class Processes(unittest.TestCase):
             out, said = child.communicate()
             self.assertEqual((child.returncode, out.strip()), (0, "b,c"), said)
             model = wan()
-            with quiet(), capture(model.module, path / "whole", CaptureConfig(sigmas=SIGMAS, rows_per_block=16, anchors=(4,))) as cap:
+            with (
+                quiet(),
+                capture(
+                    model.module, path / "whole", CaptureConfig(sigmas=SIGMAS, rows_per_block=16, anchors=(4,))
+                ) as cap,
+            ):
                 for name in "abc":
                     with cap.prompt(name):
                         generation(model, ord(name))
@@ -426,11 +464,15 @@ class Examples(unittest.TestCase):
                 traces, bundle = ["--traces", str(path / "t")], ["--bundle", str(path / "b")]
                 captured = self.run_example(name, "capture", "--tiny", *traces, "--prompts", str(path / "prompts.txt"))
                 self.run_example(name, "compile", *traces, *bundle, "--target", "sm_80")
-                generated = self.run_example(name, "generate", "--tiny", "--strict", *bundle, "--out", str(path / "video.pt"))
+                generated = self.run_example(
+                    name, "generate", "--tiny", "--strict", *bundle, "--out", str(path / "video.pt")
+                )
                 self.assertIn("3 prompts added", captured)
                 # Wan guides in two passes, HunyuanVideo in one.
                 self.assertIn("16 of 16 calls" if name == "wan" else "8 of 8 calls", generated)
-                self.assertEqual([p["split"] for p in manifest(path / "t")["prompts"]], ["calibration"] * 2 + ["holdout"])
+                self.assertEqual(
+                    [p["split"] for p in manifest(path / "t")["prompts"]], ["calibration"] * 2 + ["holdout"]
+                )
                 self.assertTrue(torch.load(path / "video.pt").isfinite().all())
 
 

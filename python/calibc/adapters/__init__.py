@@ -45,7 +45,9 @@ def transformers_of(target: object) -> dict[str, nn.Module]:
     found = {name: getattr(target, name, None) for name in _COMPONENTS}
     modules = {name: _unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
-        raise Usage(f"{type(target).__name__} is neither a transformer nor a pipeline with one; pass pipe or pipe.transformer")
+        raise Usage(
+            f"{type(target).__name__} is neither a transformer nor a pipeline with one; pass pipe or pipe.transformer"
+        )
     return modules
 
 

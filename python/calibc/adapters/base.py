@@ -87,7 +87,8 @@ class Adapter(abc.ABC):
     """Whether the class chooses its attention through the dispatcher of diffusers."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        # Any: its class says what it has, which the type of modules does not.
+        self.module: Any = module
         self._signature = inspect.signature(type(module).forward)
 
     @abc.abstractmethod

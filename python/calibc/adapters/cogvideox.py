@@ -20,7 +20,7 @@ class Processor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -39,7 +39,8 @@ class Processor:
         key = key if attn.norm_k is None else attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (
-                torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)], dim=2) for x in (query, key)
+                torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], image_rotary_emb)], dim=2)
+                for x in (query, key)
             )
         out = self.route.attend(query, key, value, mask=attention_mask)
         if out is None:

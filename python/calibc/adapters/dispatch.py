@@ -66,10 +66,13 @@ class Dispatched:
         self.original._parallel_config = config
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rebound(function: Callable[..., Any]) -> Callable[..., Any]:
     """The code of `function` with its dispatcher bound to ours."""
-    if not isinstance(function, types.FunctionType) or function.__globals__.get(_DISPATCHER) is not dispatch_attention_fn:
+    if (
+        not isinstance(function, types.FunctionType)
+        or function.__globals__.get(_DISPATCHER) is not dispatch_attention_fn
+    ):
         raise Usage(
             f"the attention processor {function.__qualname__} does not go through diffusers' dispatch_attention_fn; "
             "set the model's default processor first"

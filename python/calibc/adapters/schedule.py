@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from typing import Any
 
@@ -127,7 +128,11 @@ class Timesteps:
         if not isinstance(timestep, Tensor):
             return self._adapter.noise_level(float(timestep))
         # Timesteps per token: conditioning frames have none, the others share one.
-        if timestep.is_cuda and timestep.dim() <= 1 and all(n == 1 or s == 0 for n, s in zip(timestep.shape, timestep.stride())):
+        if (
+            timestep.is_cuda
+            and timestep.dim() <= 1
+            and all(n == 1 or s == 0 for n, s in zip(timestep.shape, timestep.stride()))
+        ):
             return self._adapter.noise_level(self._listed(timestep)[timestep.storage_offset()])
         return self._adapter.noise_level(float(timestep.max()))
 
@@ -136,7 +141,7 @@ class Timesteps:
         if not isinstance(timestep, Tensor) or timestep.dim() > 1:
             return None
         levels = [self._adapter.noise_level(t) for t in self._listed(timestep)]
-        falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(levels))
         return levels if falling and len(levels) > 1 else None
 
     def _listed(self, timestep: Tensor) -> list[float]:
@@ -144,7 +149,11 @@ class Timesteps:
         storage, version = timestep.untyped_storage(), _version(timestep)
         if self._list is not None:
             held, at, values = self._list
-            if held.untyped_storage().data_ptr() == storage.data_ptr() and held.dtype == timestep.dtype and at == version:
+            if (
+                held.untyped_storage().data_ptr() == storage.data_ptr()
+                and held.dtype == timestep.dtype
+                and at == version
+            ):
                 return values
         count = storage.nbytes() // timestep.element_size()
         whole = torch.as_strided(timestep.detach(), (count,), (1,), 0)
@@ -165,9 +174,9 @@ class TextLengths:
     def read(self, mask: Tensor) -> list[int] | None:
         """Lengths by sample; `None` where padding does not come last."""
         version = _version(mask)
-        for ref, at, lengths in self._known:
+        for ref, at, known in self._known:
             if ref() is mask and at == version:
-                return lengths
+                return known
         real = mask.detach().flatten(1).ne(0).cpu()
         lengths = real.sum(dim=1)
         padded_last = bool((real == (torch.arange(real.shape[1]) < lengths[:, None])).all())
