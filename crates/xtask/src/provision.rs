@@ -18,8 +18,8 @@ use crate::{process::spelled, workspace::Workspace};
 /// What every command needs.
 const REQUIREMENTS: [&str; 2] = ["nvidia-cuda-nvrtc>=13,<14", "numpy>=1.24"];
 /// What building and testing the Python package needs beside that. Versions move on when somebody moves them.
-const PACKAGE_REQUIREMENTS: [&str; 4] =
-    ["maturin>=1.9.4,<2", "torch==2.15.*", "diffusers==0.42.*", "accelerate==1.15.*"];
+const PACKAGE_REQUIREMENTS: [&str; 5] =
+    ["maturin>=1.9.4,<2", "torch==2.15.*", "diffusers==0.42.*", "accelerate==1.15.*", "transformers==5.23.*"];
 /// Raise when the layout of the environment changes.
 const LAYOUT: u32 = 1;
 /// The oldest Python 3 with wheels of all this.
