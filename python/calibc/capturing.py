@@ -490,12 +490,12 @@ class Capture:
     def _finish(self, shard: Any, step: int, branch: str) -> None:
         statistics, prompt = self._statistics, self._prompt
         assert statistics is not None and prompt is not None, "a shard is open"
-        statistics.flush()
-        shard.finish()
+        statistics.after(shard.finish)
         prompt.left.discard((step, branch))
         total = len(self._steps) * len(self._config.branches)
         self._bar(f"calibc: {prompt.id} {total - len(prompt.left)}/{total} passes, {len(self._added)} prompts before")
         if not prompt.left:
+            statistics.flush()
             self._writer.end_prompt()
             prompt.done = True
             self._added.append(prompt.id)

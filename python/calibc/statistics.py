@@ -129,11 +129,15 @@ class Statistics(abc.ABC):
         """Measures the samples that have a seed and calls `write` for each, possibly later and on another thread. Returns the
         dense output [B, H, S, D] where it was computed on the way."""
 
+    def after(self, do: Callable[[], None]) -> None:
+        """Calls `do` when everything measured so far is written, possibly later and on another thread."""
+        do()
+
     def flush(self) -> None:
-        """Returns when everything measured is written; raises what went wrong there."""
+        """Returns when everything is written and done; raises what went wrong there."""
 
     def drop(self) -> None:
-        """Forgets what is not written."""
+        """Forgets what is not written; returns when nothing is being written."""
 
     def close(self) -> None:
         """Ends the thread, if there is one."""
@@ -277,6 +281,9 @@ class OnGpu(Statistics):
         host.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._copies)
         return host
+
+    def after(self, do: Callable[[], None]) -> None:
+        self._pending.append(self._thread.submit(do))
 
     def flush(self) -> None:
         while self._pending:
