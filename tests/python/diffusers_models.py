@@ -234,8 +234,26 @@ def random_masks(model: Tiny, steps: int, share: float) -> Tensor:
     return masks
 
 
+def on_gpu(model: Tiny) -> Tiny:
+    """The model in bfloat16 on the GPU, its inputs with it."""
+    model.module.to("cuda", torch.bfloat16)
+
+    def moved(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(moved(y) for y in x)
+        if not isinstance(x, Tensor):
+            return x
+        # Timesteps and guidance stay as precise as pipelines keep them.
+        return x.to("cuda", torch.bfloat16 if x.is_floating_point() and x.dim() > 1 else x.dtype)
+
+    def inputs(level: float, seed: int) -> dict[str, Any]:
+        return {name: moved(value) for name, value in model.inputs(level, seed).items()}
+
+    return dataclasses.replace(model, inputs=inputs)
+
+
 def compile_masks(
-    model: Tiny, masks: Tensor, sigmas: list[float], folder: pathlib.Path, name: str = "plan"
+    model: Tiny, masks: Tensor, sigmas: list[float], folder: pathlib.Path, name: str = "plan", arch: str = "sm_80"
 ) -> pathlib.Path:
     """A bundle of explicit masks."""
     tensors = {
@@ -250,7 +268,7 @@ def compile_masks(
         f"name: {model.name}\nmodel:\n  layers: {model.layers}\n  heads: {model.heads}\n  head_dim: {model.head_dim}\n"
         f"geometry:\n  frames: {frames}\n  height: {height}\n  width: {width}\n{text}"
         f"sigmas: {sigmas}\npolicy:\n  kind: explicit\n  masks: {name}.safetensors\n"
-        "target:\n  dtypes: [bf16]\n  lse: false\n  archs: [sm_80]\n"
+        f"target:\n  dtypes: [bf16]\n  lse: false\n  archs: [{arch}]\n"
     )
     out = folder / f"{name}.bundle"
     calibc.compile(out=out, spec=folder / f"{name}.yaml", progress=False)
@@ -271,7 +289,7 @@ def masked(model: Tiny, masks: Tensor) -> Iterator[None]:
         samples = 2 if model.name == "mochi" else 1
         layer, calls = calls // samples % model.layers, calls + 1
         keep = masks[layer].repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-        keep = keep[None, :, : query.shape[2], : query.shape[2]]
+        keep = keep[None, :, : query.shape[2], : query.shape[2]].to(query.device)
         given = kwargs.pop("attn_mask", None)
         return real(query, key, value, *args, attn_mask=keep if given is None else keep & given, **kwargs)
 
