@@ -123,11 +123,11 @@ impl<'a> Loaded<'a> {
         Ok(Self { problem, stream, inputs, out, lse, step, engine, places })
     }
 
-    pub(crate) fn engine(&self) -> &Engine {
+    pub(crate) fn engine(&self) -> &Arc<Engine> {
         &self.engine
     }
 
-    pub(crate) fn stream(&self) -> &Stream {
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
         &self.stream
     }
 

@@ -68,6 +68,13 @@ pub(crate) enum HeadKind {
     Anchors(u16),
 }
 
+/// How the magnitude of keys changes along the sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ramp {
+    Rising,
+    Falling,
+}
+
 /// One problem.
 #[derive(Clone, Debug)]
 pub(crate) struct Problem {
@@ -93,8 +100,8 @@ pub(crate) struct Problem {
     pub(crate) softmax_scale: Option<f32>,
     /// How far apart scores lie.
     pub(crate) spread: f32,
-    /// Keys grow along the sequence, so that a row's maximum moves from block to block.
-    pub(crate) ramp: bool,
+    /// Whether keys grow or shrink along the sequence, so that a row's maximum moves from block to block.
+    pub(crate) ramp: Option<Ramp>,
     /// All heads read the keys and values of one: their stride over heads is 0.
     pub(crate) one_kv_head: bool,
 }
@@ -163,7 +170,7 @@ impl Problem {
             layer: LayerId(n.below(u64::from(LAYERS)) as u32),
             softmax_scale: n.pick(&[None, None, None, Some(0.06)]),
             spread: n.pick(&[1.0, 1.0, 4.0]),
-            ramp: false,
+            ramp: None,
             one_kv_head: false,
         }
     }
@@ -226,10 +233,14 @@ impl Problem {
             values.map(|x| narrow(self.dtype, x)).collect()
         };
         let mut data = [values(q, self.spread), values(kv, 1.0), values(kv, 1.0)];
-        if self.ramp {
+        if let Some(ramp) = self.ramp {
             let (tokens, d) = (kv[2], kv[3]);
             for (row, key) in data[1].chunks_exact_mut(d).enumerate() {
-                let factor = 0.25 + 4.0 * (row % tokens) as f32 / tokens as f32;
+                let place = (row % tokens) as f32 / tokens as f32;
+                let factor = match ramp {
+                    Ramp::Rising => 0.25 + 4.0 * place,
+                    Ramp::Falling => 0.01 + 4.0 * (1.0 - place),
+                };
                 key.iter_mut().for_each(|bits| *bits = narrow(self.dtype, factor * widen(self.dtype, *bits)));
             }
         }
@@ -245,7 +256,7 @@ impl Problem {
 }
 
 /// Problems of [`chosen`].
-const CHOSEN: u64 = 36;
+const CHOSEN: u64 = 40;
 
 /// What chance rarely draws: `base` with the properties that chosen problem `index` is about. The four problems of a case are the
 /// four combinations of element type and head_dim.
@@ -308,7 +319,8 @@ fn chosen(index: u64, base: Problem) -> Problem {
         },
         // Scores so far apart that weights underflow, and maxima that move with every block.
         6 => {
-            let (spread, ramp) = [(30.0, false), (60.0, false), (8.0, true), (20.0, true)][turn];
+            let rising = Some(Ramp::Rising);
+            let (spread, ramp) = [(30.0, None), (60.0, None), (8.0, rising), (20.0, rising)][turn];
             let heads = vec![Dense, Mask(Kept::Percent(50)), Mask(Kept::Band)];
             Problem { spread, ramp, softmax_scale: None, ..sequence(heads, 700, 1200 + 31 * turn as u32) }
         }
@@ -316,6 +328,12 @@ fn chosen(index: u64, base: Problem) -> Problem {
         7 => {
             let softmax_scale = Some([0.3, 0.011, 1.0, 1e-4][turn]);
             Problem { softmax_scale, ..sequence(vec![Mask(Kept::Percent(50)), Dense], 500, 777) }
+        }
+        // Scores that outgrow the maximum of the block a row begins with, the last one, by more than weights may.
+        8 => {
+            let ramp = Some(Ramp::Falling);
+            let heads = vec![Dense, Mask(Kept::Percent(50)), Mask(Kept::Band)];
+            Problem { spread: 20.0, ramp, softmax_scale: None, ..sequence(heads, 700, [1100, 1200, 1153, 900][turn]) }
         }
         // A batch of three, tails on both sides.
         _ => {
@@ -488,7 +506,8 @@ mod tests {
         });
         any("all ops in a batch of three", 4, &|p| kinds(p) == [true; 3] && p.batch == 3 && p.heads.len() == 8);
         any("weights that underflow", 2, &|p| p.spread >= 30.0);
-        any("maxima that move", 2, &|p| p.ramp);
+        any("maxima that move", 2, &|p| p.ramp == Some(Ramp::Rising));
+        any("maxima outgrown", 2, &|p| p.ramp == Some(Ramp::Falling));
         any("a scale of the caller's", 8, &|p| p.softmax_scale.is_some());
         any("anchors in tiles", 2, &|p| kinds(p)[0] && p.geometry.layout != Layout::Raster);
     }
