@@ -329,8 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     device = torch.device(options.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
     # The float32 reference must be that.
     torch.backends.cuda.matmul.allow_tf32 = False
     # On the CPU, float32: rounding of bf16 outputs would hide mistakes.

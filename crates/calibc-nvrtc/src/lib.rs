@@ -27,6 +27,7 @@
 //! returned ([`GateFailure`]); a damaged cache entry is never used; a cache that cannot be written never fails a build.
 
 mod cache;
+mod cubin;
 mod error;
 mod ffi;
 mod find;

@@ -189,11 +189,23 @@ impl Nvrtc {
         let name = c_string("the symbol", &format!("{}.cu", request.symbol))?;
         let c_options = options.iter().map(|o| c_string("an option", o)).collect::<Result<Vec<_>, _>>()?;
 
-        let mut program =
-            self.api.program(&source, &name).map_err(|code| self.failed_call("nvrtcCreateProgram", code, ""))?;
-        let outcome = program.compile(&c_options);
-        let raw_log = program.log().map_err(|code| self.failed_call("nvrtcGetProgramLog", code, ""))?;
-        let log = report::reproducible(&raw_log);
+        let build = |options: &[CString]| {
+            let mut program =
+                self.api.program(&source, &name).map_err(|code| self.failed_call("nvrtcCreateProgram", code, ""))?;
+            let outcome = program.compile(options);
+            let log = program.log().map_err(|code| self.failed_call("nvrtcGetProgramLog", code, ""))?;
+            Ok((program, outcome, report::reproducible(&log)))
+        };
+        let (mut program, mut outcome, mut log) = build(&c_options)?;
+        if outcome.is_ok() && report::read(&log, request.symbol).resources.is_none() {
+            // Beside a driver, NVRTC may answer from a cache of the driver's, which keeps code but no report. Releases that do not
+            // know the option have no such cache.
+            let fresh = c_options.iter().cloned().chain([c"--no-cache".to_owned()]).collect::<Vec<_>>();
+            let again = build(&fresh)?;
+            if again.1.is_ok() {
+                (program, outcome, log) = again;
+            }
+        }
         let failure = |log: &str| {
             Box::new(Failure {
                 symbol: request.symbol.to_owned(),
@@ -215,7 +227,7 @@ impl Nvrtc {
 
         let cubin = program.cubin().map_err(|code| self.failed_call("nvrtcGetCUBIN", code, &log))?;
         let read = report::read(&log, request.symbol);
-        match gate(&cubin, &read) {
+        match gate(&cubin, &read, request.symbol) {
             Ok(resources) => Ok(Compiled { cubin, resources, warnings: read.warnings, log }),
             Err(reason) => Err(NvrtcError::Gate { reason, failure: failure(&log) }),
         }
@@ -264,14 +276,16 @@ fn files_at(place: &Place) -> Result<Vec<PathBuf>, (PathBuf, WhyNot)> {
 }
 
 /// The build gate: machine code, for the entry asked for, with nothing spilled and nothing serialised.
-fn gate(cubin: &[u8], report: &report::Report) -> Result<Resources, GateFailure> {
+/// Where ptxas reported nothing at all, the cubin itself tells whether anything can have been spilled.
+fn gate(cubin: &[u8], report: &report::Report, symbol: &str) -> Result<Resources, GateFailure> {
     if !cubin.starts_with(b"\x7fELF") {
         return Err(GateFailure::NoCubin { bytes: cubin.len() });
     }
     if !report.diagnostics.is_empty() {
         return Err(GateFailure::Diagnostics { codes: report.diagnostics.clone() });
     }
-    let Some(resources) = report.resources else {
+    let unreported = || if report.entries.is_empty() { crate::cubin::resources(cubin, symbol) } else { None };
+    let Some(resources) = report.resources.or_else(unreported) else {
         return Err(GateFailure::NoEntry { found: report.entries.clone() });
     };
     if resources.spill_stores > 0 || resources.spill_loads > 0 {
@@ -330,7 +344,7 @@ mod tests {
         let clean = "ptxas info    : Compiling entry function 'k' for 'sm_80'\nptxas info    : Function properties for k\n\
                      ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
                      ptxas info    : Used 10 registers, 256 bytes smem\n";
-        let check = |cubin: &[u8], log: &str, symbol| gate(cubin, &report::read(log, symbol));
+        let check = |cubin: &[u8], log: &str, symbol| gate(cubin, &report::read(log, symbol), symbol);
         let resources = check(b"\x7fELF..", clean, "k").expect("clean");
         assert_eq!((resources.registers, resources.shared_bytes), (10, 256));
         assert_eq!(check(b"", clean, "k"), Err(GateFailure::NoCubin { bytes: 0 }));
