@@ -10,11 +10,13 @@ use calibc_trace::random::SplitMix64;
 use rayon::prelude::*;
 
 use crate::problem::{narrow, normal, widen};
-use crate::{FLOOR, kernels, print, tolerance};
+use crate::{ENERGY_TOLERANCE, FLOOR, kernels, print};
 
 const HEADS: usize = 40;
 const D: usize = 128;
 const DTYPE: DType = DType::Bf16;
+/// What deviations may be off by, relatively. No block has much of the mass nor values that agree: rounding errors average out.
+const DEVIATION_TOLERANCE: f64 = 2e-2;
 /// Random elements, repeated to fill a tensor; no whole number of heads.
 const PERIOD: usize = 4_000_037;
 
@@ -177,9 +179,8 @@ pub(crate) fn run(device: &Device, family: Family, arch: Arch, tokens: usize, ro
             "",
             picks.len()
         ));
-        let (most_e, most_d) = tolerance(DTYPE);
         ensure!(
-            worst_e <= most_e && worst_d <= most_d,
+            worst_e <= ENERGY_TOLERANCE && worst_d <= DEVIATION_TOLERANCE,
             "{family} {tokens} {rows}: energies {worst_e:.1e}, deviations {worst_d:.1e}"
         );
     }
