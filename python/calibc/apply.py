@@ -39,6 +39,8 @@ from calibc.adapters.schedule import (
     attached,
     capturing,
     detach,
+    place,
+    put_back,
 )
 from calibc.adapters.text import attention_text
 from calibc.errors import BadInput, CalibcError, Environment, Usage
@@ -389,15 +391,11 @@ class _Hook(ContextHook):
         return self._density[step]
 
     def install(self) -> None:
-        for attn, processor in zip(self.attentions, self.processors, strict=True):
-            attn.processor = processor
+        place(self.attentions, self.processors)
         attach(self._adapter.module, self, _HOOK)
 
     def uninstall(self) -> None:
-        """Puts back what was there; a processor that someone else has set since stays."""
-        for attn, ours, original in zip(self.attentions, self.processors, self.originals, strict=True):
-            if attn.processor is ours:
-                attn.processor = original
+        put_back(self.attentions, self.processors, self.originals)
         detach(self._adapter.module, _HOOK)
 
 

@@ -42,6 +42,8 @@ from calibc.adapters.schedule import (
     attach,
     attached,
     detach,
+    place,
+    put_back,
 )
 from calibc.adapters.schedule import (
     capturing as recording_graph,
@@ -239,14 +241,11 @@ class _Hook(ContextHook):
         )
 
     def install(self) -> None:
-        for attn, processor in zip(self.attentions, self.processors, strict=True):
-            attn.processor = processor
+        place(self.attentions, self.processors)
         attach(self._adapter.module, self, _HOOK)
 
     def uninstall(self) -> None:
-        for attn, ours, original in zip(self.attentions, self.processors, self.originals, strict=True):
-            if attn.processor is ours:
-                attn.processor = original
+        put_back(self.attentions, self.processors, self.originals)
         detach(self._adapter.module, _HOOK)
 
 

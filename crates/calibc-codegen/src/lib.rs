@@ -6,7 +6,7 @@
 //!
 //! Rust decides, templates spell: a template substitutes and loops over its context, and never branches. What differs between
 //! variants is a constant of the prelude, or a part chosen in the family's `parts`. Why each family is built as it is stands in
-//! its module, `portable` and `hopper`.
+//! its module, `portable` and `hopper`; kernels that capture calibration statistics (`templates/capture`) in `capture`.
 //!
 //! A kernel's launch contract is [`calibc_ir::abi`]; the parameter struct is spelled from that table.
 

@@ -23,8 +23,8 @@
 //! The library that was found is the one that is used: it is opened by its path, never by a search that something else in
 //! the process could answer. No GPU and no driver are needed, and nothing here panics when libnvrtc is missing.
 //!
-//! What never happens here: a cubin with spilled registers, serialised tensor-core instructions or no machine code is never
-//! returned ([`GateFailure`]); a damaged cache entry is never used; a cache that cannot be written never fails a build.
+//! What never happens here: a cubin with spilled registers, tensor-core instructions that ptxas reports as serialised, or no machine
+//! code is never returned ([`GateFailure`]); a damaged cache entry is never used; a cache that cannot be written never fails a build.
 
 mod cache;
 mod cubin;

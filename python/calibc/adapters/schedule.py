@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -208,3 +209,16 @@ __all__ = [
     "capturing",
     "detach",
 ]
+
+
+def place(attentions: Sequence[Any], processors: Sequence[Any]) -> None:
+    """Gives every attention its processor."""
+    for attn, processor in zip(attentions, processors, strict=True):
+        attn.processor = processor
+
+
+def put_back(attentions: Sequence[Any], processors: Sequence[Any], originals: Sequence[Any]) -> None:
+    """Undoes `place`; a processor that someone else has set since stays."""
+    for attn, ours, original in zip(attentions, processors, originals, strict=True):
+        if attn.processor is ours:
+            attn.processor = original
