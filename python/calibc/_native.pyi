@@ -185,6 +185,43 @@ class TraceWriter:
     @staticmethod
     def merge(out: _Path, inputs: Sequence[_Path]) -> int: ...
 
+class TraceHead:
+    """What a trace is of."""
+
+    @staticmethod
+    def read(path: _Path) -> TraceHead:
+        """Reads it from the manifest of a trace."""
+    @property
+    def model(self) -> str: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def text_tokens(self) -> int: ...
+    @property
+    def text_position(self) -> str:
+        """`none`, `before` or `after` the video tokens."""
+    @property
+    def raster(self) -> bool:
+        """Whether tokens are in raster order."""
+    @property
+    def sigmas(self) -> list[float]:
+        """Noise level of each step."""
+    @property
+    def branch(self) -> str:
+        """The branch that plans are made from."""
+
+def set_sensitivity(path: _Path, step: Sequence[float], head: Sequence[float]) -> None:
+    """Gives a trace its sensitivities, `step` [steps] and `head` [steps, layers, heads], in place of older ones."""
 def capture_seed(prompt: str, step: int, branch: str, layer: int) -> int: ...
 def sampled_rows(q_tokens: int, rows_per_block: int, seed: int, head: int) -> list[list[int]]: ...
 def anchor_source(

@@ -43,7 +43,7 @@ mod _native {
     #[pymodule_export]
     use super::session::compile;
     #[pymodule_export]
-    use super::trace::{Shard, TraceWriter};
+    use super::trace::{Shard, TraceHead, TraceWriter, set_sensitivity};
 
     /// The version of the compiler, which is the package's.
     #[pymodule_export]

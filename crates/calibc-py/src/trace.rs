@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use calibc_ir::{LayerId, Model, StepId};
-use calibc_trace::session::Session;
+use calibc_ir::{LayerId, Layout as TokenOrder, Model, StepId};
+use calibc_trace::session::{self, Session};
 use calibc_trace::writer::{EncodedTensors, Extras, LayerTensors, OpenShard, TraceSpec};
-use calibc_trace::{Encoding, Manifest, Prompt, Split, TraceError, merge, space};
+use calibc_trace::{Encoding, Manifest, Prompt, Sensitivity, Split, TraceError, merge, space};
 use pyo3::prelude::*;
 
 use crate::capture::geometry;
@@ -168,6 +168,59 @@ impl TraceWriter {
 
 fn prompts(py: Python<'_>, merged: Result<Manifest, TraceError>) -> PyResult<usize> {
     merged.map(|manifest| manifest.prompts.len()).map_err(|error| raise(py, error))
+}
+
+/// What a trace is of.
+#[pyclass(frozen, get_all, module = "calibc._native")]
+pub(crate) struct TraceHead {
+    model: String,
+    layers: u32,
+    heads: u32,
+    head_dim: u32,
+    frames: u32,
+    height: u32,
+    width: u32,
+    text_tokens: u32,
+    /// none, before or after.
+    text_position: String,
+    /// Whether tokens are in raster order.
+    raster: bool,
+    /// Noise level of each step.
+    sigmas: Vec<f64>,
+    /// The branch that plans are made from.
+    branch: String,
+}
+
+#[pymethods]
+impl TraceHead {
+    /// Reads it from the manifest of a trace.
+    #[staticmethod]
+    fn read(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let manifest = py.detach(|| Manifest::read(&path)).map_err(|error| raise(py, error))?;
+        let branch = manifest.branches[manifest.plan_branch()].clone();
+        let Manifest { model, geometry, sigmas, .. } = manifest;
+        Ok(Self {
+            model: model.name,
+            layers: model.layers,
+            heads: model.heads,
+            head_dim: model.head_dim,
+            frames: geometry.frames,
+            height: geometry.height,
+            width: geometry.width,
+            text_tokens: geometry.text_tokens,
+            text_position: geometry.text_position.to_string(),
+            raster: geometry.layout == TokenOrder::Raster,
+            sigmas,
+            branch,
+        })
+    }
+}
+
+/// Gives the trace in `path` its sensitivities, `step` [steps] and `head` [steps, layers, heads], in place of older ones.
+#[pyfunction]
+pub(crate) fn set_sensitivity(py: Python<'_>, path: PathBuf, step: Vec<f32>, head: Vec<f32>) -> PyResult<()> {
+    let sensitivity = Sensitivity { step, head };
+    py.detach(|| session::set_sensitivity(&path, &sensitivity)).map_err(|error| raise(py, error))
 }
 
 /// How many values a layer has, and how they come.

@@ -1,9 +1,12 @@
 //! `sensitivity.safetensors`: how much an error at a step, or at a head, costs the final latent.
 
+use safetensors::{Dtype, tensor::TensorView};
+
 use crate::encoding::Encoding;
 use crate::error::TraceError;
 use crate::manifest::Manifest;
 use crate::shard;
+use crate::writer::SENSITIVITY;
 
 /// Weights of steps and heads in the loss of a plan (both finite, at least 0).
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +23,34 @@ impl Sensitivity {
         let steps = manifest.sigmas.len();
         let (layers, heads) = (manifest.model.layers as usize, manifest.model.heads as usize);
         [("step", vec![steps]), ("head", vec![steps, layers, heads])]
+    }
+
+    /// The file's bytes, for a trace with this manifest.
+    ///
+    /// # Errors
+    /// If lengths are wrong, or a value is not finite or negative.
+    pub(crate) fn render(&self, manifest: &Manifest) -> Result<Vec<u8>, TraceError> {
+        let mut tensors = Vec::new();
+        for ((name, shape), values) in Self::shapes(manifest).into_iter().zip([&self.step, &self.head]) {
+            let (expected, found) = (shape.iter().product(), values.len());
+            if found != expected {
+                return Err(TraceError::ValueCount { file: SENSITIVITY.into(), tensor: name.into(), expected, found });
+            }
+            let width = shape[shape.len() - 1];
+            if let Some(problem) = shard::check_table(SENSITIVITY, name, width, values).into_iter().next() {
+                return Err(problem);
+            }
+            let mut bytes = Vec::with_capacity(values.len() * 4);
+            Encoding::F32.encode(values, &mut bytes);
+            tensors.push((name, shape, bytes));
+        }
+        let views = tensors
+            .iter()
+            .map(|(name, shape, bytes)| TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (*name, view)));
+        views
+            .collect::<Result<Vec<_>, _>>()
+            .and_then(|views| safetensors::serialize(views, None))
+            .map_err(|e| TraceError::BadHeader { file: SENSITIVITY.into(), reason: e.to_string() })
     }
 
     /// Parses the file's bytes.

@@ -19,6 +19,7 @@ use calibc_ir::StepId;
 use crate::error::TraceError;
 use crate::manifest::{self, MANIFEST, Manifest, Prompt};
 use crate::merge::{self, agree};
+use crate::sensitivity::Sensitivity;
 use crate::writer::{Extras, OpenShard, TEMPORARY, TraceSpec, TraceWriter};
 
 /// The folder of parts; a prompt cannot have this name.
@@ -148,6 +149,28 @@ impl Session {
     fn current(&self) -> Result<&str, TraceError> {
         self.current.as_deref().ok_or(TraceError::OutOfTurn { problem: "no prompt was begun; begin one first" })
     }
+}
+
+/// Gives the trace in `dir` its sensitivities, in place of older ones. The folder is a whole trace at any moment: one killed half
+/// way has the old ones, none, or the new ones.
+///
+/// # Errors
+/// If there is no trace, another process writes there, values or their numbers are wrong (the trace is as it was then), or the
+/// file system refuses.
+pub fn set_sensitivity(dir: &Path, sensitivity: &Sensitivity) -> Result<(), TraceError> {
+    // A folder that is no trace gets no lock either.
+    let none = || TraceError::NotATrace { dir: dir.to_owned() };
+    manifest_of(dir)?.ok_or_else(none)?;
+    let _lock = lock(dir)?;
+    let mut writer = TraceWriter::resume(dir, manifest_of(dir)?.ok_or_else(none)?);
+    sensitivity.render(writer.manifest())?;
+    if writer.manifest().sensitivity.is_some() {
+        // The file is replaced before its digest can be: it must not be listed in between.
+        writer.unlist_sensitivity();
+        writer.commit()?;
+    }
+    writer.set_sensitivity(sensitivity)?;
+    writer.commit()
 }
 
 /// The manifest in `dir`, if there is one.

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use calibc_ir::{BLOCK, Geometry, LayerId, Layout, Model, StepId};
-use safetensors::{Dtype, tensor::TensorView};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
@@ -274,32 +273,18 @@ impl TraceWriter {
     /// # Errors
     /// If lengths are wrong, a value is not finite or negative, or writing fails.
     pub fn set_sensitivity(&mut self, sensitivity: &Sensitivity) -> Result<(), TraceError> {
-        let mut tensors = Vec::new();
-        for ((name, shape), values) in
-            Sensitivity::shapes(&self.manifest).into_iter().zip([&sensitivity.step, &sensitivity.head])
-        {
-            expect_count(SENSITIVITY, name, shape.iter().product(), values)?;
-            let width = shape[shape.len() - 1];
-            if let Some(problem) = shard::check_table(SENSITIVITY, name, width, values).into_iter().next() {
-                return Err(problem);
-            }
-            let mut bytes = Vec::with_capacity(values.len() * 4);
-            Encoding::F32.encode(values, &mut bytes);
-            tensors.push((name, shape, bytes));
-        }
-        let views = tensors
-            .iter()
-            .map(|(name, shape, bytes)| TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (*name, view)));
-        let bytes = views
-            .collect::<Result<Vec<_>, _>>()
-            .and_then(|views| safetensors::serialize(views, None))
-            .map_err(|e| TraceError::BadHeader { file: SENSITIVITY.into(), reason: e.to_string() })?;
+        let bytes = sensitivity.render(&self.manifest)?;
         let mut temp = temporary(&self.dir)?;
         temp.write_all(&bytes).map_err(TraceError::io("write", temp.path()))?;
         persist(temp, &self.dir.join(SENSITIVITY))?;
         self.manifest.sensitivity =
             Some(FileEntry { path: SENSITIVITY.into(), bytes: Some(bytes.len() as u64), digest: blake3::hash(&bytes) });
         Ok(())
+    }
+
+    /// Strikes the sensitivity file off the list; the file stays.
+    pub(crate) fn unlist_sensitivity(&mut self) {
+        self.manifest.sensitivity = None;
     }
 
     /// Writes the manifest: from here on the folder is a trace. More can be added and committed afterwards. A trace whose prompts
@@ -562,14 +547,6 @@ impl Placement {
     fn offset(&self, kind: Kind, layer: LayerId) -> Option<u64> {
         self.spans[kind as usize].map(|(start, size)| start + u64::from(layer.0) * size)
     }
-}
-
-fn expect_count(file: &str, tensor: &str, expected: usize, values: &[f32]) -> Result<(), TraceError> {
-    let found = values.len();
-    if found == expected {
-        return Ok(());
-    }
-    Err(TraceError::ValueCount { file: file.into(), tensor: tensor.into(), expected, found })
 }
 
 /// How the names of unfinished files start and end.

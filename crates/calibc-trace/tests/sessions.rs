@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use calibc_ir::{Geometry, LayerId, Model, StepId};
 use calibc_trace::random::SplitMix64;
-use calibc_trace::session::Session;
+use calibc_trace::session::{Session, set_sensitivity};
 use calibc_trace::writer::{EncodedTensors, Extras, LayerTensors, OpenShard, TraceSpec};
-use calibc_trace::{Encoding, Manifest, Prompt, Split, Trace, TraceError, check, merge};
+use calibc_trace::{Encoding, Manifest, Prompt, Sensitivity, Split, Trace, TraceError, check, merge};
 use proptest::prelude::*;
 
 const LAYERS: u32 = 2;
@@ -116,6 +116,45 @@ fn encoded_layers_are_the_ones_the_writer_encodes() {
     assert_eq!(shards[0].file.digest, shards[2].file.digest);
     assert_eq!(spec().shard_bytes(EXTRAS).unwrap(), shards[0].file.bytes.unwrap());
     assert!(check(root.path(), &|_, _| {}).is_empty());
+}
+
+#[test]
+fn sensitivities_join_a_trace_and_replace_older_ones() {
+    let root = tempfile::tempdir().unwrap();
+    let weights =
+        |first: f32| Sensitivity { step: vec![first, 2.0, 1.0], head: vec![0.5; 3 * LAYERS as usize * HEADS] };
+    let found = || Trace::open(root.path(), &|_, _| {}).unwrap().sensitivity().cloned();
+    assert!(matches!(set_sensitivity(root.path(), &weights(1.0)), Err(TraceError::NotATrace { .. })));
+    assert_eq!(files(root.path()), BTreeSet::new());
+    let mut session = Session::open(root.path(), spec(), None).unwrap();
+    write_prompt(&mut session, "a", 0).unwrap();
+    // Whoever captures would write the manifest without them.
+    assert!(matches!(set_sensitivity(root.path(), &weights(1.0)), Err(TraceError::Locked { .. })));
+    drop(session);
+    for first in [1.0, 4.0] {
+        set_sensitivity(root.path(), &weights(first)).unwrap();
+        assert_eq!(found(), Some(weights(first)));
+    }
+    // Refused, nothing changes.
+    let short = Sensitivity { step: vec![1.0; 2], ..weights(1.0) };
+    assert!(matches!(set_sensitivity(root.path(), &short), Err(TraceError::ValueCount { .. })));
+    for wrong in [f32::NAN, -1.0] {
+        set_sensitivity(root.path(), &weights(wrong)).unwrap_err();
+    }
+    assert_eq!(found(), Some(weights(4.0)));
+    // A process killed after it unlisted the old ones: a trace without, which takes new ones.
+    let listed = fs::read_to_string(root.path().join("manifest.json")).unwrap();
+    let mut manifest: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    manifest.as_object_mut().unwrap().remove("sensitivity").unwrap();
+    fs::write(root.path().join("manifest.json"), manifest.to_string()).unwrap();
+    assert_eq!(found(), None);
+    set_sensitivity(root.path(), &weights(3.0)).unwrap();
+    assert_eq!(found(), Some(weights(3.0)));
+    // Prompts that come later keep them.
+    let mut session = Session::open(root.path(), spec(), None).unwrap();
+    write_prompt(&mut session, "b", 1).unwrap();
+    drop(session);
+    assert_eq!(found(), Some(weights(3.0)));
 }
 
 #[test]
