@@ -177,8 +177,16 @@ def train(trainer: Trainer, args: argparse.Namespace) -> None:
     end = args.time_limit - args.reserve
     total = args.total or trainer.trained + end - elapsed()
     before, log = trainer.trained, (args.out / "training.jsonl").open("a")
-    say(log, {"event": "start", "seed": args.seed, "stages": [dataclasses.asdict(s) for s in trainer.stages]}
-        | {"config": models.CONFIG, "torch": torch.__version__, "device": device_name(trainer.device), "total_s": total})
+    say(
+        log,
+        {"event": "start", "seed": args.seed, "stages": [dataclasses.asdict(s) for s in trainer.stages]}
+        | {
+            "config": models.CONFIG,
+            "torch": torch.__version__,
+            "device": device_name(trainer.device),
+            "total_s": total,
+        },
+    )
     began = saved = window = time.monotonic()
     losses: list[Tensor] = []
     current = trainer.stage_at(before / total)
@@ -195,7 +203,12 @@ def train(trainer: Trainer, args: argparse.Namespace) -> None:
             # The one wait for the GPU: its time is the time of these steps.
             loss = float(torch.stack(losses).mean())
             now = time.monotonic()
-            line = {"step": trainer.step, "stage": at, "loss": round(loss, 5), "ms_per_step": round((now - window) / len(losses) * 1e3, 1)}
+            line = {
+                "step": trainer.step,
+                "stage": at,
+                "loss": round(loss, 5),
+                "ms_per_step": round((now - window) / len(losses) * 1e3, 1),
+            }
             say(log, line | {"rate": trainer.rate_at(share), "trained_s": round(before + now - began, 1)})
             if not math.isfinite(loss):
                 raise SystemExit(f"the loss is {loss} at step {trainer.step}")
@@ -209,7 +222,15 @@ def train(trainer: Trainer, args: argparse.Namespace) -> None:
             # Steps are only queued; without this the clock would run ahead of the GPU.
             losses[-1].item()
         trainer.trained = before + time.monotonic() - began
-    say(log, {"event": "end", "step": trainer.step, "trained_s": round(trainer.trained, 1), "elapsed_s": round(elapsed(), 1)})
+    say(
+        log,
+        {
+            "event": "end",
+            "step": trainer.step,
+            "trained_s": round(trainer.trained, 1),
+            "elapsed_s": round(elapsed(), 1),
+        },
+    )
     trainer.save_weights(args.out)
     if args.checkpoint is not None:
         trainer.save_checkpoint(args.checkpoint)
