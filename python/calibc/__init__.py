@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from calibc.capturing import Capture, CaptureConfig, capture, merge_parts
     from calibc.masks import Plan, block_sparse_attention, plan_from_mask
+    from calibc.sensitivities import Sensitivity, SensitivityConfig, sensitivity
 
 # Names that need torch, by the module that has them.
 _LAZY = {
@@ -41,6 +42,8 @@ _LAZY = {
     "FallbackWarning": "calibc.apply",
     "NotCovered": "calibc.apply",
     "Plan": "calibc.masks",
+    "Sensitivity": "calibc.sensitivities",
+    "SensitivityConfig": "calibc.sensitivities",
     "SparseAttentionConfig": "calibc.apply",
     "apply_sparse_attention": "calibc.apply",
     "block_sparse_attention": "calibc.masks",
@@ -48,6 +51,7 @@ _LAZY = {
     "merge_parts": "calibc.capturing",
     "plan_from_mask": "calibc.masks",
     "remove_sparse_attention": "calibc.apply",
+    "sensitivity": "calibc.sensitivities",
 }
 
 __all__ = [
@@ -63,6 +67,8 @@ __all__ = [
     "NotCovered",
     "NotForThisGpu",
     "Plan",
+    "Sensitivity",
+    "SensitivityConfig",
     "SparseAttentionConfig",
     "Usage",
     "__version__",
@@ -74,6 +80,7 @@ __all__ = [
     "ops",
     "plan_from_mask",
     "remove_sparse_attention",
+    "sensitivity",
 ]
 
 

@@ -1,0 +1,310 @@
+"""What errors of single heads do to the velocity of one step, which a recorded generation has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calibc import _native
+from calibc.adapters import Adapter, Route
+from calibc.adapters.schedule import TextLengths, place, put_back
+from calibc.errors import BadInput
+from calibc.sensitivities import errors
+from calibc.sensitivities.errors import Span
+from calibc.sensitivities.runs import Pass, by_branch, guided
+from calibc.statistics import Geometry, Problem, _strata
+
+Errors = Literal["blocks", "noise"]
+
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """The attention of one sample in one layer."""
+
+    layer: int
+    row: int
+    """The sample."""
+    scale: float
+    """Factor on the scores."""
+    q: Tensor
+    """[H, S, D]."""
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+
+# Called with an attention and the gradient [H, S, D] by its output.
+_Sink = Callable[[_Attention, Tensor], None]
+# Called with an attention: the output [H, S, D] to go on with.
+_Edit = Callable[[_Attention], Tensor]
+
+
+class _Tap(torch.autograd.Function):
+    """Lets an attention's output through, and shows its gradient on the way back."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, out: Tensor, root: Tensor, q: Tensor, k: Tensor, v: Tensor, show: Callable[..., None]
+    ) -> Tensor:
+        ctx.save_for_backward(out, q, k, v)
+        ctx.show = show
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out, q, k, v = ctx.saved_tensors
+        ctx.show(q, k, v, out, gradient)
+        return gradient, None, None, None, None, None
+
+
+class _Layer(Route):
+    """One attention layer that is measured. The attention is torch's own, which has a gradient wherever it runs."""
+
+    def __init__(self, owner: HeadErrors, index: int) -> None:
+        self._owner = owner
+        self._index = index
+
+    @property
+    def engaged(self) -> bool:
+        return True
+
+    @torch.compiler.disable
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        blocked: str | None = None,
+    ) -> Tensor | None:
+        owner = self._owner
+        if mask is not None and owner.lengths is None:
+            blocked = "a mask over attention"
+        if blocked is not None:
+            raise BadInput(f"sensitivities cannot describe this attention: {blocked}")
+        problem = Problem(query, key, value, owner.lengths, owner.adapter.drops_padding, scale)
+        samples = [owner.sample(self._index, row, problem) for row in range(query.shape[0])]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+class HeadErrors:
+    """A transformer whose heads' errors are measured, while this context lasts.
+
+    Parameters take no gradients in here and blocks are checkpointed: a backward pass holds the input of every block, and what one
+    block needs. Afterwards everything is as it was.
+    """
+
+    def __init__(self, adapter: Adapter, geometry: Geometry, branch: str, kind: Errors, row_blocks: int, seed: str) -> None:
+        self.adapter = adapter
+        self.lengths: list[int] | None = None
+        self._span = Span.of(geometry)
+        # Whose deviations the traces hold.
+        self._branch = branch
+        self._kind = kind
+        self._row_blocks = row_blocks
+        self._seed = seed
+        self._texts = TextLengths()
+        self._root: Tensor | None = None
+        self._sink: _Sink | None = None
+        self._edit: _Edit | None = None
+        self._attentions: list[Any] = adapter.layers()
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> HeadErrors:
+        originals = [attn.processor for attn in self._attentions]
+        processors = [self.adapter.processor(original, _Layer(self, i)) for i, original in enumerate(originals)]
+        with contextlib.ExitStack() as exits:
+            exits.enter_context(_frozen(self.adapter.module))
+            exits.callback(put_back, self._attentions, processors, originals)
+            place(self._attentions, processors)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+
+    # What callers measure.
+
+    def gradient(self, passes: list[Pass], projections: int, tick: Callable[[], None]) -> Tensor:
+        """Mean squared error of a step's guided velocity per unit of relative squared error of each head: float64 [layers, heads].
+
+        Hutchinson's estimator: for z of independent normal values, E <z, J d>^2 = |J d|^2, and <z, J d> = <J' z, d> for all heads
+        and directions d comes of one backward pass. Branches share a plan's masks, so their errors add up before they are squared.
+        """
+        above: Tensor | float = 0.0
+        below: Tensor | float = 0.0
+        for draw in range(projections):
+            shape = passes[0].velocity.shape[1:]
+            z = torch.randn(shape, generator=torch.Generator().manual_seed(self._draw("z", passes[0].step, 0, draw)))
+            found: dict[str, list[Tensor | None]] = {b: [None] * len(self._attentions) for p in passes for b in p.branches}
+            units: dict[str, list[Tensor | None]] = {b: [None] * len(self._attentions) for b in found}
+            for each in passes:
+
+                def sink(attention: _Attention, gradient: Tensor, each: Pass = each, draw: int = draw) -> None:
+                    branch, layer = each.branches[attention.row], attention.layer
+                    found[branch][layer], units[branch][layer] = self._responses(attention, gradient, each.step, draw)
+
+                self._backward(each, z, sink)
+                tick()
+            responses = {branch: _whole(layers) for branch, layers in found.items()}
+            above = above + guided(responses, passes[-1].scale).square().sum((2, 3))
+            below = below + _whole(units[self._branch if self._branch in units else next(iter(units))])
+        return _ratio(above / passes[0].velocity[0].numel(), below)
+
+    def exact(self, passes: list[Pass], draws: int, size: float, tick: Callable[[], None]) -> Tensor:
+        """As `gradient`, measured: the velocity with one head after the other made wrong."""
+        right = by_branch(passes, [self._forward(each, None) for each in passes])
+        layers, heads = len(self._attentions), self.adapter.heads
+        above, below = (torch.zeros(layers, heads, dtype=torch.float64) for _ in range(2))
+        for layer in range(layers):
+            for head in range(heads):
+                for draw in range(draws):
+                    units: dict[str, float] = {}
+                    wrong = []
+                    for each in passes:
+
+                        def edit(attention: _Attention, each: Pass = each) -> Tensor:
+                            if attention.layer != layer:
+                                return attention.out
+                            out, unit = self._wrong(attention, head, size, each.step, draw)
+                            units[each.branches[attention.row]] = unit
+                            return out
+
+                        wrong.append(self._forward(each, edit))
+                    apart = {branch: v - right[branch] for branch, v in by_branch(passes, wrong).items()}
+                    above[layer, head] += float(guided(apart, passes[-1].scale).square().mean())
+                    below[layer, head] += units.get(self._branch, next(iter(units.values())))
+                tick()
+        return _ratio(above, below)
+
+    # What the layers call.
+
+    def sample(self, layer: int, row: int, problem: Problem) -> Tensor:
+        """The attention of one sample, [1, H, S, D]."""
+        q, k, v = problem.sample(row)
+        scale, sink = problem.softmax_scale, self._sink
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        if sink is not None:
+
+            def show(q: Tensor, k: Tensor, v: Tensor, out: Tensor, gradient: Tensor) -> None:
+                with torch.no_grad():
+                    sink(_Attention(layer, row, scale, q[0], k[0], v[0], out[0]), gradient[0])
+
+            out = _Tap.apply(out, self._root, q, k, v, show)
+        elif self._edit is not None:
+            out = self._edit(_Attention(layer, row, scale, q[0], k[0], v[0], out[0]))[None]
+        missing = problem.query.shape[2] - out.shape[2]
+        # Padding that gives no queries has outputs of 0.
+        return F.pad(out, (0, 0, 0, missing)) if missing else out
+
+    # How.
+
+    def _begin(self, each: Pass) -> None:
+        assert each.arguments is not None, "the step is measured"
+        call = self.adapter.bind(*each.arguments)
+        self.lengths = None
+        if call.text_mask is not None:
+            real = self._texts.read(call.text_mask)
+            if real is None:
+                raise BadInput("text padding stands before text, which no adapter expects")
+            self.lengths = [call.video_tokens + n for n in real]
+
+    def _forward(self, each: Pass, edit: _Edit | None) -> Tensor:
+        self._begin(each)
+        self._edit = edit
+        try:
+            with torch.no_grad():
+                return each.call(self.adapter.module).float()
+        finally:
+            self._edit = None
+
+    def _backward(self, each: Pass, z: Tensor, sink: _Sink) -> None:
+        self._begin(each)
+        self._sink = sink
+        try:
+            # Wherever the caller is: under no_grad or inference_mode.
+            with torch.inference_mode(False), torch.enable_grad():
+                self._root = torch.zeros((), requires_grad=True)
+                velocity = each.call(self.adapter.module)
+                (velocity.float() * z.to(velocity.device)).sum().backward()
+        finally:
+            self._sink = self._root = None
+
+    def _responses(self, attention: _Attention, gradient: Tensor, step: int, draw: int) -> tuple[Tensor, Tensor]:
+        """Answers [H, rows, directions] of one layer, and the units [H] that they are to."""
+        a = attention
+        if self._kind == "noise":
+            return errors.noise_responses(a.out, gradient, self._draw("noise", step, a.layer, draw), self._span)
+        generator = torch.Generator().manual_seed(self._draw("rows", step, a.layer, draw))
+        rows = self._span.first + _strata(self._span.count, self._row_blocks, generator)
+        return errors.block_responses(a.q, a.k, a.v, gradient, a.scale, rows.to(a.q.device), self._span)
+
+    def _wrong(self, attention: _Attention, head: int, size: float, step: int, draw: int) -> tuple[Tensor, float]:
+        """The output [H, S, D] with one head wrong, and by how much."""
+        a, seed = attention, self._draw(f"h{head}", step, attention.layer, draw)
+        if self._kind == "noise":
+            error = errors.noise_error(a.out[head], size, seed, self._span)
+        else:
+            error = errors.block_error(a.q[head], a.k[head], a.v[head], a.scale, size, seed, self._span)
+        wrong = a.out.clone()
+        wrong[head] = (a.out[head].float() + error).to(a.out.dtype)
+        # As it is after rounding.
+        return wrong, errors.relative_error(a.out[head], wrong[head], self._span)
+
+    def _draw(self, what: str, step: int, layer: int, draw: int) -> int:
+        """A seed. Branches have the same: they share the masks, and so the errors."""
+        return _native.capture_seed(f"{self._seed}/{what}/{draw}", step, "", layer) & (2**62 - 1)
+
+
+def _whole(layers: list[Tensor | None]) -> Tensor:
+    """Layers as one tensor, float64 in CPU memory."""
+    missing = sum(layer is None for layer in layers)
+    if missing:
+        raise BadInput(
+            f"{missing} of {len(layers)} attention layers got no gradient; measure without caches that skip layers"
+        )
+    return torch.stack([layer for layer in layers if layer is not None]).double().cpu()
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """0 where a head can make no error, as one that sees a single block."""
+    ratio = torch.where(below > 0, above / below.clamp_min(1e-300), 0.0)
+    if not ratio.isfinite().all():
+        raise BadInput("gradients or velocities are not finite; run the model in bfloat16 or float32")
+    return ratio
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for parameters, checkpoints for blocks."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (inner, {name: inner.__dict__[name] for name in names if name in inner.__dict__})
+        for inner in module.modules()
+        if hasattr(inner, names[0])
+    ]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        module.enable_gradient_checkpointing()
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for inner, had in before:
+            for name in names:
+                inner.__dict__.pop(name, None)
+            inner.__dict__.update(had)
+
+
+__all__ = ["Errors", "HeadErrors"]
