@@ -1,7 +1,7 @@
 //! Traces as the optimiser's evidence.
 
 use calibc_ir::{BlockEnergy, HeadId, LayerId, StepId, ThresholdMap};
-use calibc_opt::{Calibration, Split};
+use calibc_opt::{Calibration, Sensitivity, Split};
 use calibc_trace::threshold::{entry_levels, votes_needed};
 use calibc_trace::{Trace, TraceError};
 
@@ -105,6 +105,35 @@ impl Calibration for TraceEvidence<'_> {
         anchors: u16,
     ) -> Result<Option<f64>, TraceError> {
         self.0.anchor_error(step, layer, head, anchors)
+    }
+
+    fn anchor_errors(
+        &self,
+        step: StepId,
+        layer: LayerId,
+        head: HeadId,
+        anchors: u16,
+    ) -> Result<Option<Vec<f64>>, TraceError> {
+        self.0.anchor_errors(step, layer, head, anchors)
+    }
+
+    fn has_deviations(&self) -> bool {
+        self.0.has_deviations()
+    }
+
+    fn deviation(
+        &self,
+        which: Split,
+        prompt: usize,
+        step: StepId,
+        layer: LayerId,
+        head: HeadId,
+    ) -> Result<Option<BlockEnergy>, TraceError> {
+        self.0.deviation(split(which), prompt, step, layer, head)
+    }
+
+    fn sensitivity(&self) -> Option<Sensitivity<'_>> {
+        self.0.sensitivity().map(|measured| Sensitivity { step: &measured.step, head: &measured.head })
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use calibc_ir::{Arch, Geometry, Model};
 
 use crate::error::DriverError;
-use crate::spec::{ArchSpec, GeometrySpec, ModelSpec, PolicySpec, RepetitionSpec, Spec};
+use crate::spec::{AnchorsSpec, ArchSpec, GeometrySpec, ModelSpec, PolicySpec, RepetitionSpec, Spec};
 
 /// Most sites of a plan: thirty times those of the largest models. A slip of the pen must not take all memory.
 pub const MAX_SITES: u64 = 1 << 22;
@@ -155,11 +155,20 @@ pub fn resolve(spec: &Spec, traces: Option<&TraceFacts<'_>>, archs: &[Arch]) -> 
     spec.target.dtypes.sort();
     spec.target.dtypes.dedup();
     // The paper's five anchor rows cannot be where frames have fewer rows; specs that ask for them are refused when read.
-    if let PolicySpec::CalibAtt(policy) = &mut spec.policy
-        && let RepetitionSpec::On(on) = policy.repetition
-        && u32::from(on.anchors) > geometry.height
-    {
-        policy.repetition = RepetitionSpec::Off;
+    match &mut spec.policy {
+        PolicySpec::CalibAtt(policy) => {
+            if let RepetitionSpec::On(on) = policy.repetition
+                && u32::from(on.anchors) > geometry.height
+            {
+                policy.repetition = RepetitionSpec::Off;
+            }
+        }
+        PolicySpec::Budget(policy) => {
+            if policy.anchors == AnchorsSpec::default() && geometry.height < 5 {
+                policy.anchors = AnchorsSpec::Off;
+            }
+        }
+        PolicySpec::Explicit(_) => {}
     }
     Ok(Job { model, geometry, sigmas, archs, spec })
 }

@@ -325,6 +325,7 @@ fn policy_of_spec(options: &Options, job: &Job) -> Result<(Policy, Failed), Driv
                 RepetitionSpec::On(on) => Some(Repetition { anchors: on.anchors, gamma: on.gamma }),
             },
         }),
+        PolicySpec::Budget(spec) => Policy::Budget(spec.to_policy()),
         PolicySpec::Explicit(spec) => {
             let folder = options.spec.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
             let shape = Plan::dense(job.model.clone(), job.geometry, job.sigmas.clone());
@@ -393,10 +394,17 @@ fn optimise<C: Calibration>(
         observer.event(&Event::Progress { stage, done, total });
     };
     let mut index = 0;
+    let mut selection = None;
     let mut start = Instant::now();
     let mut after_pass = |report: &calibc_opt::PassReport, plan: &Plan| {
         for text in &report.remarks {
             observer.event(&Event::Remark { pass: report.pass, text });
+        }
+        if let Some(found) = &report.selection {
+            for text in &found.warnings {
+                observer.event(&Event::Warning { text });
+            }
+            selection = Some(found.clone());
         }
         if options.dump_after.iter().any(|name| name == "all" || name == report.pass) {
             let text = plan.to_string();
@@ -417,7 +425,9 @@ fn optimise<C: Calibration>(
         return Ok((plan, None));
     }
     let hooks = Hooks { after_pass: None, progress: Some(&progress), cancel: Some(&cancel) };
-    let report = clock.stage(Stage::Recall, || recall_report(&plan, &policy, evidence, &hooks).map_err(from_opt))?;
+    let report = clock.stage(Stage::Recall, || {
+        recall_report(&plan, &policy, selection.as_ref(), evidence, &hooks).map_err(from_opt)
+    })?;
     Ok((plan, Some(report)))
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use calibc_driver::spec::{PolicySpec, RepetitionSpec, ScheduleSpec, Spec};
+use calibc_driver::spec::{AnchorsSpec, PolicySpec, RepetitionSpec, ScheduleSpec, Spec};
+use calibc_opt::{Budget, HeadWeights, Importance, OverPrompts, StepWeights};
 
 fn parse(text: &str) -> Result<Spec, String> {
     Spec::parse(text, Path::new("p.yaml")).map_err(|e| e.to_string())
@@ -53,6 +54,30 @@ fn refusals_name_place_and_cure() {
             "more anchors than rows",
             "geometry: {frames: 4, height: 4, width: 8}\npolicy:\n  kind: calibatt\n  repetition: {gamma: 0.9}\n",
         ),
+        ("budget without a density", "policy:\n  kind: budget\n"),
+        ("no density", "policy:\n  kind: budget\n  density: 0\n"),
+        ("more than all", "policy:\n  kind: budget\n  density: 1.5\n"),
+        ("density in words", "policy:\n  kind: budget\n  density: half\n"),
+        ("row_recall of 1", "policy: {kind: budget, density: 0.5, row_recall: 1}\n"),
+        ("row_recall NaN", "policy: {kind: budget, density: 0.5, row_recall: .nan}\n"),
+        ("step_floor above the density", "policy:\n  kind: budget\n  density: 0.5\n  step_floor: 0.6\n"),
+        ("unknown budget field", "policy:\n  kind: budget\n  density: 0.5\n  row_recal: 0.5\n"),
+        ("field of calibatt", "policy:\n  kind: budget\n  density: 0.5\n  rho: 0.5\n"),
+        ("unknown importance", "policy:\n  kind: budget\n  density: 0.5\n  importance: D2\n"),
+        ("unknown weights", "policy:\n  kind: budget\n  density: 0.5\n  step_weights: sensitivities\n"),
+        ("default weights of heads", "policy:\n  kind: budget\n  density: 0.5\n  head_weights: default\n"),
+        ("unknown average", "policy: {kind: budget, density: 0.5, over_prompts: median}\n"),
+        ("missing", "policy: {kind: budget, density: 0.5, missing: ignore}\n"),
+        ("anchors on", "policy:\n  kind: budget\n  density: 0.5\n  anchors: on\n"),
+        ("anchors true", "policy:\n  kind: budget\n  density: 0.5\n  anchors: true\n"),
+        ("no anchors", "policy:\n  kind: budget\n  density: 0.5\n  anchors: 0\n"),
+        ("negative anchors", "policy:\n  kind: budget\n  density: 0.5\n  anchors: -2\n"),
+        ("very many anchors", "policy:\n  kind: budget\n  density: 0.5\n  anchors: 65536\n"),
+        ("anchors in a mapping", "policy:\n  kind: budget\n  density: 0.5\n  anchors: {anchors: 5}\n"),
+        (
+            "more budget anchors than rows",
+            "geometry: {frames: 4, height: 4, width: 8}\npolicy:\n  kind: budget\n  density: 0.5\n  anchors: 9\n",
+        ),
         ("unknown arch", "target:\n  archs: [sm_80, sm_91]\n"),
         ("no arch", "target:\n  archs: []\n"),
         ("unknown dtype", "target: {dtypes: [bf16, float16]}\n"),
@@ -81,7 +106,7 @@ fn defaults_are_the_papers() {
 fn short_forms_mean_what_they_say() {
     let policy = |text: &str| match parse(&format!("policy: {{kind: calibatt, {text}}}")).unwrap().policy {
         PolicySpec::CalibAtt(policy) => policy,
-        PolicySpec::Explicit(_) => unreachable!("the kind is calibatt"),
+        _ => unreachable!("the kind is calibatt"),
     };
     assert_eq!(policy("schedule: distilled").schedule, ScheduleSpec::DISTILLED);
     assert_eq!(policy("schedule: {c: 1}").schedule, ScheduleSpec { c: 1.0, ..ScheduleSpec::LONG });
@@ -92,10 +117,41 @@ fn short_forms_mean_what_they_say() {
 }
 
 #[test]
+fn a_budget_needs_a_density_and_nothing_else() {
+    let policy = |text: &str| match parse(&format!("policy: {{kind: budget, density: 0.5, {text}}}")).unwrap().policy {
+        PolicySpec::Budget(policy) => policy,
+        _ => unreachable!("the kind is budget"),
+    };
+    assert_eq!(policy("").to_policy(), Budget::new(0.5));
+    for off in ["off", "'off'", "false"] {
+        assert_eq!(policy(&format!("anchors: {off}")).anchors, AnchorsSpec::Off, "{off}");
+    }
+    assert_eq!(policy("anchors: 3").to_policy().anchors, Some(3));
+    let all = "row_recall: 0.3, step_floor: 0.5, anchors: off, importance: energy, over_prompts: max, step_weights: default, \
+               head_weights: uniform, missing: error";
+    let want = Budget {
+        density: 0.5,
+        row_recall: 0.3,
+        step_floor: 0.5,
+        anchors: None,
+        importance: Importance::Energy,
+        over_prompts: OverPrompts::Max,
+        step_weights: StepWeights::Default,
+        head_weights: HeadWeights::Uniform,
+        fallbacks: false,
+    };
+    assert_eq!(policy(all).to_policy(), want);
+    assert_eq!(policy("step_weights: uniform").to_policy().step_weights, StepWeights::Uniform);
+}
+
+#[test]
 fn what_is_written_reads_back() {
     for text in [
         GRID.to_owned(),
         "name: 'on'\npolicy: {kind: calibatt, repetition: off, schedule: distilled, rho: 0.1}\n".to_owned(),
+        "policy: {kind: budget, density: 0.35}\n".to_owned(),
+        "policy: {kind: budget, density: 1, anchors: off, step_floor: 0.5, importance: energy, missing: error}\n"
+            .to_owned(),
         format!(
             "{GRID}policy: {{kind: explicit, masks: a b.safetensors, default: dense}}\nsigmas: [1, 0.3333333333333333]\n"
         ),

@@ -77,6 +77,51 @@ pub trait Calibration: Sync {
         head: HeadId,
         anchors: u16,
     ) -> Result<Option<f64>, Self::Error>;
+
+    /// Relative error of copied outputs for each calibration prompt; `None` where it was not recorded.
+    fn anchor_errors(
+        &self,
+        step: StepId,
+        layer: LayerId,
+        head: HeadId,
+        anchors: u16,
+    ) -> Result<Option<Vec<f64>>, Self::Error> {
+        let _ = (step, layer, head, anchors);
+        Ok(None)
+    }
+
+    /// Whether [`Calibration::deviation`] knows every site of every prompt.
+    fn has_deviations(&self) -> bool {
+        false
+    }
+
+    /// Deviations of one prompt, `[q_blocks, kv_blocks]`: the squared relative change of a row's output when a block of it is
+    /// dropped, to first order. `None` where they were not recorded.
+    fn deviation(
+        &self,
+        split: Split,
+        prompt: usize,
+        step: StepId,
+        layer: LayerId,
+        head: HeadId,
+    ) -> Result<Option<BlockEnergy>, Self::Error> {
+        let _ = (split, prompt, step, layer, head);
+        Ok(None)
+    }
+
+    /// What errors of steps and heads cost; `None` where it was not measured.
+    fn sensitivity(&self) -> Option<Sensitivity<'_>> {
+        None
+    }
+}
+
+/// What errors of steps and heads cost the result (all finite, at least 0).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sensitivity<'a> {
+    /// `[steps]`: squared error of the result per mean squared error of what the model predicts at the step.
+    pub step: &'a [f32],
+    /// `[steps, layers, heads]`: mean squared error of what the model predicts per unit of dropped deviation.
+    pub head: &'a [f32],
 }
 
 /// No evidence at all: enough for explicit masks.
@@ -139,6 +184,10 @@ pub(crate) trait Evidence: Sync {
     fn thresholds_without_each(&self, site: Site, rho: f64, shape: Shape) -> Result<Vec<ThresholdMap>, OptError>;
     fn similarity(&self, site: Site, anchors: u16) -> Result<Option<f64>, OptError>;
     fn copy_error(&self, site: Site, anchors: u16) -> Result<Option<f64>, OptError>;
+    fn copy_errors(&self, site: Site, anchors: u16) -> Result<Option<Vec<f64>>, OptError>;
+    fn has_deviations(&self) -> bool;
+    fn deviation_of(&self, split: Split, prompt: usize, site: Site, shape: Shape) -> Result<BlockEnergy, OptError>;
+    fn weights(&self) -> Option<Sensitivity<'_>>;
 }
 
 /// Query and key blocks.
@@ -181,6 +230,25 @@ impl<C: Calibration> Evidence for C {
 
     fn copy_error(&self, site: Site, anchors: u16) -> Result<Option<f64>, OptError> {
         self.anchor_error(site.step, site.layer, site.head, anchors).map_err(at(site))
+    }
+
+    fn copy_errors(&self, site: Site, anchors: u16) -> Result<Option<Vec<f64>>, OptError> {
+        self.anchor_errors(site.step, site.layer, site.head, anchors).map_err(at(site))
+    }
+
+    fn has_deviations(&self) -> bool {
+        Calibration::has_deviations(self)
+    }
+
+    fn deviation_of(&self, split: Split, prompt: usize, site: Site, shape: Shape) -> Result<BlockEnergy, OptError> {
+        let deviation = self.deviation(split, prompt, site.step, site.layer, site.head).map_err(at(site))?;
+        let deviation = deviation.ok_or(OptError::NoDeviation { site })?;
+        check(site, shape, (deviation.rows, deviation.cols), deviation.values.len())?;
+        Ok(deviation)
+    }
+
+    fn weights(&self) -> Option<Sensitivity<'_>> {
+        self.sensitivity()
     }
 }
 

@@ -22,6 +22,34 @@ pub enum OptError {
     /// The policy needs evidence and there is none.
     #[error("the policy chooses masks from calibration prompts, but there are none; add traces or use explicit masks")]
     NoEvidence,
+    /// The policy wants evidence that the traces lack, and may not do without.
+    #[error("{problem}; {cure}, or set `missing: warn` to go without")]
+    Missing {
+        /// What is not there.
+        problem: String,
+        /// How to get it.
+        cure: &'static str,
+    },
+    /// Deviations are there for some sites and not for others.
+    #[error("the calibration of {site} has no deviations, although other sites have; capture all prompts with them")]
+    NoDeviation {
+        /// The site asked for.
+        site: Site,
+    },
+    /// Sensitivities are for another model or sampler.
+    #[error(
+        "the sensitivities are for {} steps and {} heads in all, the plan has {} and {}; measure them for this model and sampler",
+        found.0, found.1, expected.0, expected.1
+    )]
+    SensitivityShape {
+        /// Steps, and heads of all steps and layers, of the plan.
+        expected: (usize, usize),
+        /// Those of the sensitivities.
+        found: (usize, usize),
+    },
+    /// No head weighs anything.
+    #[error("every sensitivity is 0, so that nothing says what to keep; measure them again, or choose other weights")]
+    NoWeight,
     /// Evidence could not be read.
     #[error("cannot read the calibration of {site}")]
     Calibration {

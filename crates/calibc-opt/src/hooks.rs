@@ -6,9 +6,10 @@ use calibc_ir::Plan;
 use rayon::prelude::*;
 
 use crate::error::OptError;
+use crate::passes::budget::Selection;
 
 /// What a pass did.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PassReport {
     /// Name of the pass, one of [`crate::PASSES`].
     pub pass: &'static str,
@@ -16,6 +17,8 @@ pub struct PassReport {
     pub changed: bool,
     /// Remarks for people: `12 sites keep everything and are dense`.
     pub remarks: Vec<String>,
+    /// What the policy `budget` found, of the pass that chose for it.
+    pub selection: Option<Selection>,
 }
 
 /// Called with the plan as each pass leaves it, after the verifier.
@@ -70,6 +73,11 @@ pub(crate) struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// There is more to do than was known.
+    pub(crate) fn more(&mut self, parts: u64) {
+        self.total += parts;
+    }
+
     /// `f` of every item, on all threads; results in the order of the items, and of several errors the first in that order.
     /// Each item is one part of the work.
     pub(crate) fn map<T: Send, R: Send>(

@@ -36,11 +36,17 @@ mod passes;
 mod pipeline;
 mod policy;
 mod report;
+mod scoring;
 
-pub use calibration::{Calibration, NoCalibration, NoEvidence, Split, nearest_covered};
+pub use calibration::{Calibration, NoCalibration, NoEvidence, Sensitivity, Split, nearest_covered};
 pub use error::OptError;
 pub use hooks::{AfterPass, Hooks, PassReport, Progress};
+pub use passes::budget::Selection;
 pub use passes::schedule::schedule;
 pub use pipeline::{PASSES, Pipeline, ShareLimits, Target, standard};
-pub use policy::{CalibAtt, Explicit, MaskSource, Policy, Repetition, SiteMask};
+pub use policy::{
+    Budget, CalibAtt, Explicit, HeadWeights, Importance, MaskSource, OverPrompts, Policy, Repetition, SiteMask,
+    StepWeights,
+};
 pub use report::{AnchorReport, Basis, Group, OpCounts, Recall, Report, WorstRow, recall_report};
+pub use scoring::Weighed;

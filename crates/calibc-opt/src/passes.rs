@@ -1,5 +1,6 @@
 //! The passes, a file each; their order stands in [`crate::standard`].
 
+pub(crate) mod budget;
 pub(crate) mod protect;
 pub(crate) mod repetition;
 pub(crate) mod schedule;

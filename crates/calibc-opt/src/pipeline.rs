@@ -6,6 +6,7 @@ use calibc_ir::{DType, Plan};
 use crate::calibration::{Calibration, Evidence};
 use crate::error::OptError;
 use crate::hooks::{Hooks, PassReport, Watch};
+use crate::passes::budget::Selection;
 use crate::passes::{protect, repetition, schedule, select, share, variants};
 use crate::policy::Policy;
 
@@ -91,11 +92,12 @@ pub(crate) struct Context<'a> {
 pub(crate) struct Outcome {
     pub(crate) changed: bool,
     pub(crate) remarks: Vec<String>,
+    pub(crate) selection: Option<Selection>,
 }
 
 impl Outcome {
     pub(crate) fn changed(remark: String) -> Self {
-        Self { changed: true, remarks: vec![remark] }
+        Self { changed: true, remarks: vec![remark], selection: None }
     }
 }
 
@@ -136,9 +138,9 @@ impl Pipeline {
         for pass in &self.passes {
             cx.watch.check()?;
             let name = pass.name();
-            let Outcome { changed, remarks } = pass.run(&mut plan, &cx)?;
+            let Outcome { changed, remarks, selection } = pass.run(&mut plan, &cx)?;
             verify_at(&plan, pass.gives()).map_err(|errors| OptError::VerifyAfterPass { pass: name, errors })?;
-            let report = PassReport { pass: name, changed, remarks };
+            let report = PassReport { pass: name, changed, remarks, selection };
             tracing::debug!(pass = name, changed, remarks = ?report.remarks, "pass done");
             if let Some(after_pass) = &mut hooks.after_pass {
                 after_pass(&report, &plan);

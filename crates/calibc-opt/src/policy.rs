@@ -12,6 +12,8 @@ use crate::error::OptError;
 pub enum Policy {
     /// The recipe of CalibAtt (arXiv 2603.05503).
     CalibAtt(CalibAtt),
+    /// A target density, spent where it is worth most.
+    Budget(Budget),
     /// The user's own masks.
     Explicit(Explicit),
 }
@@ -19,7 +21,11 @@ pub enum Policy {
 impl Policy {
     /// Checks every constant, for a plan of this geometry.
     pub fn validate(&self, geometry: &Geometry) -> Result<(), OptError> {
-        let Self::CalibAtt(recipe) = self else { return Ok(()) };
+        let recipe = match self {
+            Self::CalibAtt(recipe) => recipe,
+            Self::Budget(budget) => return budget.validate(geometry),
+            Self::Explicit(_) => return Ok(()),
+        };
         let wrong = |field, value, expected| Err(OptError::Policy { field, value, expected });
         for (field, value) in [("A", recipe.a), ("C", recipe.c), ("k", recipe.k)] {
             if !value.is_finite() {
@@ -93,6 +99,109 @@ impl CalibAtt {
     }
 }
 
+/// One global optimum: given a density, the plan of least predicted loss.
+///
+/// Dropping block `(r, c)` at a site costs `w(t) * u(t, l, h) * D2[r, c]`, anchor rows there `w * u * q_blocks * error^2`; what a
+/// site keeps costs attention work. One price of work, the same for all sites, decides each block and each head.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Share of the dense attention work that the plan may do, in (0, 1].
+    pub density: f64,
+    /// Share of its mean energy that every row keeps, from 0 to below 1; its strongest block in any case.
+    pub row_recall: f64,
+    /// Least density of any step, 0 to `density`.
+    pub step_floor: f64,
+    /// Anchor rows per frame that heads may use instead of a mask; `None`: never.
+    pub anchors: Option<u16>,
+    /// What a block is worth at its site.
+    pub importance: Importance,
+    /// How the prompts are put together.
+    pub over_prompts: OverPrompts,
+    /// What steps weigh.
+    pub step_weights: StepWeights,
+    /// What heads weigh.
+    pub head_weights: HeadWeights,
+    /// Whether evidence that the traces lack may be replaced by a guess, with a warning.
+    pub fallbacks: bool,
+}
+
+impl Budget {
+    /// All evidence there is, anchor rows where they pay, and no floor but the strongest block of each row.
+    pub fn new(density: f64) -> Self {
+        Self {
+            density,
+            row_recall: 0.0,
+            step_floor: 0.0,
+            anchors: Some(Repetition::PAPER.anchors),
+            importance: Importance::Deviation,
+            over_prompts: OverPrompts::Mean,
+            step_weights: StepWeights::Sensitivity,
+            head_weights: HeadWeights::Sensitivity,
+            fallbacks: true,
+        }
+    }
+
+    fn validate(&self, geometry: &Geometry) -> Result<(), OptError> {
+        let wrong = |field, value, expected| Err(OptError::Policy { field, value, expected });
+        if !(self.density > 0.0 && self.density <= 1.0) {
+            return wrong("density", self.density, "above 0 and at most 1");
+        }
+        if !(0.0..1.0).contains(&self.row_recall) {
+            return wrong("row_recall", self.row_recall, "at least 0 and below 1");
+        }
+        if !(0.0..=self.density).contains(&self.step_floor) {
+            return wrong("step_floor", self.step_floor, "at least 0 and at most the density");
+        }
+        self.anchors.map_or(Ok(()), |anchors| check_anchors(anchors, geometry))
+    }
+}
+
+/// What a block is worth at its site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Importance {
+    /// Its deviation (D2): what dropping it does to the output of the row.
+    Deviation,
+    /// Its energy squared: what stands for the deviation where values were not looked at.
+    Energy,
+}
+
+/// How what the calibration prompts say is put together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverPrompts {
+    /// The mean over them: least loss on average.
+    Mean,
+    /// The largest: least loss for the prompt that suffers most from a block.
+    Max,
+}
+
+/// What errors at a step weigh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepWeights {
+    /// As measured.
+    Sensitivity,
+    /// [`StepWeights::assumed`].
+    Default,
+    /// All alike.
+    Uniform,
+}
+
+impl StepWeights {
+    /// What stands for measured weights: falling by `e^-2.3`, to a tenth, from the first step to the end. Errors of the first steps
+    /// move the composition and later steps build on them; measured weights replace this guess.
+    pub fn assumed(step: u32, num_steps: u32) -> f64 {
+        (-2.3 * f64::from(step) / f64::from(num_steps)).exp()
+    }
+}
+
+/// What errors of a head weigh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadWeights {
+    /// As measured.
+    Sensitivity,
+    /// All alike.
+    Uniform,
+}
+
 /// The user's own choice at one site.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SiteMask {
@@ -152,6 +261,27 @@ mod tests {
         let by_hand = 0.902596 + (0.99 - 0.902596) * (-16.0_f64 * 10.0 / 50.0).exp();
         assert!((paper.epsilon(10, 50) - by_hand).abs() < 1e-12);
         assert!((paper.epsilon(49, 50) - paper.a).abs() < 1e-6);
+    }
+
+    #[test]
+    fn unusable_budgets_are_named() {
+        let geometry = Geometry::video(1, 4, 128);
+        let refused = |change: fn(&mut Budget)| {
+            let mut budget = Budget { anchors: None, step_floor: 0.1, ..Budget::new(0.5) };
+            change(&mut budget);
+            Policy::Budget(budget).validate(&geometry).unwrap_err().to_string()
+        };
+        assert_eq!(refused(|b| b.density = 0.0), "policy field density is 0; it must be above 0 and at most 1");
+        assert_eq!(refused(|b| b.density = f64::NAN), "policy field density is NaN; it must be above 0 and at most 1");
+        assert_eq!(refused(|b| b.row_recall = 1.0), "policy field row_recall is 1; it must be at least 0 and below 1");
+        assert_eq!(
+            refused(|b| b.step_floor = 0.6),
+            "policy field step_floor is 0.6; it must be at least 0 and at most the density"
+        );
+        assert_eq!(
+            refused(|b| b.anchors = Some(5)),
+            "5 anchor rows per frame; a frame of this geometry has 4 rows, so use 1 to 4"
+        );
     }
 
     #[test]

@@ -2,21 +2,26 @@
 
 use std::fmt;
 
-use calibc_ir::{AttnOp, BlockMask, MaskId, Plan, Site, StepId};
+use calibc_ir::{AttnOp, BlockMask, HeadId, LayerId, MaskId, Plan, Site, StepId};
 use rayon::prelude::*;
 
 use crate::calibration::{Calibration, Evidence, Shape, Split, shape_of};
 use crate::error::OptError;
-use crate::hooks::{Hooks, Watch};
+use crate::hooks::{Hooks, Watch, Work};
+use crate::passes::budget::Selection;
 use crate::passes::protect::{empty_rows, fill_rows, protect_text};
-use crate::policy::{CalibAtt, Policy};
+use crate::passes::sources;
+use crate::policy::{Budget, CalibAtt, Policy};
+use crate::scoring::{Scoring, SiteScores, Weighed, for_each_free, key};
 
 /// Which prompts judge the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Basis {
     /// Prompts of the holdout split, under the plan's masks.
     Holdout,
-    /// Each calibration prompt under the masks the others choose (before any sharing, which only adds blocks).
+    /// Each calibration prompt under the masks the others choose (before any sharing, which only adds blocks). With `budget` the
+    /// others say what blocks are worth, and the threshold and the sites at anchor rows stay the plan's: one prompt hardly moves
+    /// them, and masks of another threshold would differ in density.
     LeaveOneOut,
     /// The calibration prompts under the plan's masks: explicit masks, which they did not choose, or a single prompt, which did.
     Calibration,
@@ -58,6 +63,11 @@ pub struct Report {
     pub steps: Vec<Group>,
     /// Anchor sites; `None` where the plan has none.
     pub anchors: Option<AnchorReport>,
+    /// What losses were predicted with; `None` where nothing says what blocks are worth: deviations were not recorded, and the policy
+    /// does not weigh energies.
+    pub weighed: Option<Weighed>,
+    /// What the policy `budget` found.
+    pub selection: Option<Selection>,
 }
 
 /// A set of sites.
@@ -69,6 +79,9 @@ pub struct Group {
     pub density: f64,
     /// Recall of its block-sparse rows; `None` where none was measured.
     pub recall: Option<Recall>,
+    /// The loss that what its sites drop is predicted to cost, by the calibration prompts; `None` where it is not known. With
+    /// measured sensitivities and deviations: squared error of the result, summed over sites as if their errors were independent.
+    pub loss: Option<f64>,
 }
 
 /// Sites by op.
@@ -123,21 +136,29 @@ pub struct AnchorReport {
     pub mean_error: Option<f64>,
 }
 
-/// Judges a plan that passed the pipeline with `policy`.
+/// Judges a plan that passed the pipeline with `policy`, which found `selection` ([`crate::PassReport::selection`]).
 pub fn recall_report<C: Calibration>(
     plan: &Plan,
     policy: &Policy,
+    selection: Option<&Selection>,
     calibration: &C,
     hooks: &Hooks<'_>,
 ) -> Result<Report, OptError> {
-    report(plan, policy, calibration, Watch::new(hooks))
+    report(plan, policy, selection, calibration, Watch::new(hooks))
 }
 
 /// Sites measured between two sequential sums: enough for every thread, few enough to hold their rows.
 const CHUNK: usize = 64;
 
-fn report(plan: &Plan, policy: &Policy, evidence: &dyn Evidence, watch: Watch<'_>) -> Result<Report, OptError> {
-    let judge = Judge::new(plan, policy, evidence);
+fn report(
+    plan: &Plan,
+    policy: &Policy,
+    selection: Option<&Selection>,
+    evidence: &dyn Evidence,
+    watch: Watch<'_>,
+) -> Result<Report, OptError> {
+    let scoring = scoring(plan, policy, evidence)?;
+    let judge = Judge::new(plan, policy, selection.zip(scoring.as_ref()), evidence);
     let evaluated_steps = if judge.basis == Basis::None { Vec::new() } else { evidence.covered().to_vec() };
     if let Some(&step) = evaluated_steps.iter().find(|step| step.0 >= plan.num_steps()) {
         return Err(OptError::CoveredStep { step, steps: plan.num_steps() });
@@ -163,12 +184,22 @@ fn report(plan: &Plan, policy: &Policy, evidence: &dyn Evidence, watch: Watch<'_
         .collect();
     let anchor_sites: Vec<Site> =
         sites().filter(|(_, op)| matches!(op, AttnOp::AnchorRows { .. })).map(|(site, _)| site).collect();
-    let work = watch.work("report", (sparse.len() + anchor_sites.len()) as u64);
+    // The losses come from the covered steps, once for all the steps that take their evidence there.
+    let layer_sites = (plan.model.layers * plan.model.heads) as usize;
+    let losses = scoring.as_ref().map_or(0, |_| evidence.covered().len() * layer_sites);
+    let work = watch.work("report", (sparse.len() + anchor_sites.len() + losses) as u64);
     for chunk in sparse.chunks(CHUNK) {
         let measured = work.map(chunk.par_iter(), |&(site, mask)| judge.recalls(site, mask))?;
         for (&(site, _), recalls) in chunk.iter().zip(measured) {
             for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
                 group.recalls(site, &recalls, judge.shape.0);
+            }
+        }
+    }
+    if let Some(scoring) = &scoring {
+        for (site, loss) in plan.sites().zip(predicted_losses(plan, scoring, evidence, &work)?) {
+            for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
+                group.loss = group.loss.zip(loss).map(|(sum, loss)| sum + loss);
             }
         }
     }
@@ -192,11 +223,75 @@ fn report(plan: &Plan, policy: &Policy, evidence: &dyn Evidence, watch: Watch<'_
         prompts: judge.prompts,
         evaluated_steps,
         masks: plan.masks.len(),
-        overall: overall.group(),
-        layers: layers.iter().map(Sums::group).collect(),
-        steps: steps.iter().map(Sums::group).collect(),
+        overall: overall.group(scoring.is_some()),
+        layers: layers.iter().map(|sums| sums.group(scoring.is_some())).collect(),
+        steps: steps.iter().map(|sums| sums.group(scoring.is_some())).collect(),
         anchors,
+        weighed: scoring.map(|scoring| scoring.weighed),
+        selection: selection.cloned(),
     })
+}
+
+/// What blocks are worth, if anything says so: as `budget` weighs them, and for the other policies by deviations.
+fn scoring(plan: &Plan, policy: &Policy, evidence: &dyn Evidence) -> Result<Option<Scoring>, OptError> {
+    let budget = match policy {
+        Policy::Budget(budget) => *budget,
+        _ if evidence.has_deviations() && evidence.prompts(Split::Calibration) > 0 => Budget::new(1.0),
+        _ => return Ok(None),
+    };
+    match Scoring::new(&budget, plan, evidence) {
+        Ok((scoring, _)) => Ok(Some(scoring)),
+        // No loss can be told apart from none.
+        Err(OptError::NoWeight) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// By site: what it is predicted to lose; `None` at anchor rows of unknown error.
+fn predicted_losses(
+    plan: &Plan,
+    scoring: &Scoring,
+    evidence: &dyn Evidence,
+    work: &Work<'_>,
+) -> Result<Vec<Option<f64>>, OptError> {
+    let sources = sources(plan, evidence)?;
+    let heads = plan.model.heads as usize;
+    let layer_sites = plan.model.layers as usize * heads;
+    let q_blocks = f64::from(plan.geometry.num_q_blocks());
+    let mut losses = Vec::with_capacity(plan.ops.len());
+    let mut start = 0;
+    for same in sources.chunk_by(|a, b| a == b) {
+        let steps = start..start + same.len() as u32;
+        start = steps.end;
+        let columns = work.map((0..layer_sites).into_par_iter(), |i| {
+            let (layer, head) = (LayerId((i / heads) as u32), HeadId((i % heads) as u32));
+            let source = Site { step: same[0], layer, head };
+            let ops: Vec<(Site, AttnOp)> = steps
+                .clone()
+                .map(|step| Site { step: StepId(step), ..source })
+                .map(|site| (site, plan.op(site)))
+                .collect();
+            let sparse = ops.iter().any(|(_, op)| matches!(op, AttnOp::BlockSparse { .. }));
+            let importance = if sparse { scoring.importance(evidence, source)? } else { Vec::new() };
+            let loss = |&(site, op): &(Site, AttnOp)| {
+                let dropped = match op {
+                    AttnOp::Dense => Some(0.0),
+                    AttnOp::BlockSparse { mask } => {
+                        let mut sum = 0.0;
+                        for_each_free(&plan.masks[mask], &importance, |_, _, value| sum += value);
+                        Some(sum)
+                    }
+                    AttnOp::AnchorRows { anchors } => {
+                        scoring.anchor_importance(evidence, source, anchors)?.map(|error| q_blocks * error)
+                    }
+                };
+                Ok(dropped.map(|dropped| scoring.weight(site) * dropped))
+            };
+            ops.iter().map(loss).collect::<Result<Vec<_>, OptError>>()
+        })?;
+        losses.extend((0..same.len()).flat_map(|t| columns.iter().map(move |column| column[t])));
+    }
+    Ok(losses)
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -209,20 +304,35 @@ struct Judge<'a> {
     plan: &'a Plan,
     evidence: &'a dyn Evidence,
     basis: Basis,
-    /// The recipe, where masks must be chosen anew.
-    recipe: Option<CalibAtt>,
+    /// How masks are chosen anew, where they must be.
+    choice: Option<Choice<'a>>,
     split: Split,
     prompts: usize,
     shape: Shape,
 }
 
+/// How masks are chosen without a prompt.
+#[derive(Clone, Copy)]
+enum Choice<'a> {
+    CalibAtt(CalibAtt),
+    Budget(&'a Selection, &'a Scoring),
+}
+
 impl<'a> Judge<'a> {
-    fn new(plan: &'a Plan, policy: &Policy, evidence: &'a dyn Evidence) -> Self {
+    fn new(
+        plan: &'a Plan,
+        policy: &Policy,
+        found: Option<(&'a Selection, &'a Scoring)>,
+        evidence: &'a dyn Evidence,
+    ) -> Self {
         let [calibration, holdout] = [Split::Calibration, Split::Holdout].map(|split| evidence.prompts(split));
-        let (basis, recipe) = match policy {
+        let (basis, choice) = match (policy, found) {
             _ if evidence.covered().is_empty() || holdout + calibration == 0 => (Basis::None, None),
             _ if holdout > 0 => (Basis::Holdout, None),
-            Policy::CalibAtt(recipe) if calibration > 1 => (Basis::LeaveOneOut, Some(*recipe)),
+            (Policy::CalibAtt(recipe), _) if calibration > 1 => (Basis::LeaveOneOut, Some(Choice::CalibAtt(*recipe))),
+            (Policy::Budget(_), Some((selection, scoring))) if calibration > 1 => {
+                (Basis::LeaveOneOut, Some(Choice::Budget(selection, scoring)))
+            }
             _ => (Basis::Calibration, None),
         };
         let (split, prompts) = match basis {
@@ -230,32 +340,48 @@ impl<'a> Judge<'a> {
             Basis::LeaveOneOut | Basis::Calibration => (Split::Calibration, calibration),
             Basis::None => (Split::Calibration, 0),
         };
-        Self { plan, evidence, basis, recipe, split, prompts, shape: shape_of(plan) }
+        Self { plan, evidence, basis, choice, split, prompts, shape: shape_of(plan) }
     }
 
     /// Recall of every row, prompt by prompt.
     fn recalls(&self, site: Site, mask: MaskId) -> Result<Vec<f64>, OptError> {
         let rows = self.shape.0;
         let mut recalls = Vec::with_capacity(self.prompts * rows as usize);
-        let maps = match &self.recipe {
-            Some(recipe) => Some((recipe, self.evidence.thresholds_without_each(site, recipe.rho, self.shape)?)),
-            None => None,
-        };
+        let chosen = self.choice.map(|choice| self.chosen_without_each(choice, site)).transpose()?;
         for prompt in 0..self.prompts {
             let energy = self.evidence.energy_of(self.split, prompt, site, self.shape)?;
-            let chosen;
-            let mask = match &maps {
-                Some((recipe, maps)) => {
-                    let epsilon = recipe.epsilon(site.step.0, self.plan.num_steps());
-                    let map = maps.get(prompt).ok_or(OptError::NoEvidence)?;
-                    chosen = self.protected(map.mask(epsilon), site, prompt)?;
-                    &chosen
-                }
+            let mask = match &chosen {
+                Some(masks) => masks.get(prompt).ok_or(OptError::NoEvidence)?,
                 None => &self.plan.masks[mask],
             };
             recalls.extend((0..rows).map(|r| energy.recall(mask, r)));
         }
         Ok(recalls)
+    }
+
+    /// The masks that are chosen without each prompt in turn.
+    fn chosen_without_each(&self, choice: Choice<'_>, site: Site) -> Result<Vec<BlockMask>, OptError> {
+        match choice {
+            Choice::CalibAtt(recipe) => {
+                let epsilon = recipe.epsilon(site.step.0, self.plan.num_steps());
+                let maps = self.evidence.thresholds_without_each(site, recipe.rho, self.shape)?;
+                maps.iter().enumerate().map(|(prompt, map)| self.protected(map.mask(epsilon), site, prompt)).collect()
+            }
+            Choice::Budget(selection, scoring) => {
+                let (relative, cut) = (scoring.relative(site), selection.keys[site.step.index()]);
+                let choose = |scores: &SiteScores| {
+                    let forced = scoring.forced(&scores.floor);
+                    let mut mask = forced.clone();
+                    for_each_free(&forced, &scores.importance, |r, c, value| {
+                        if key(relative, value) >= cut {
+                            mask.set(r, c);
+                        }
+                    });
+                    mask
+                };
+                Ok(scoring.without_each(self.evidence, site)?.iter().map(choose).collect())
+            }
+        }
     }
 
     /// What select and protect make of a mask chosen without `prompt`.
@@ -274,14 +400,22 @@ const BINS: usize = 11_000;
 const PER_BIN: f64 = 10_000.0;
 
 /// A [`Group`] in the making.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Sums {
     ops: OpCounts,
     density: f64,
+    loss: Option<f64>,
     rows: u64,
     recall: f64,
     worst: Option<WorstRow>,
     histogram: Vec<u64>,
+}
+
+impl Default for Sums {
+    fn default() -> Self {
+        let ops = OpCounts::default();
+        Self { ops, density: 0.0, loss: Some(0.0), rows: 0, recall: 0.0, worst: None, histogram: Vec::new() }
+    }
 }
 
 impl Sums {
@@ -304,7 +438,7 @@ impl Sums {
         }
     }
 
-    fn group(&self) -> Group {
+    fn group(&self, predicted: bool) -> Group {
         let OpCounts { dense, block_sparse, anchor_rows } = self.ops;
         let density = self.density / (dense + block_sparse + anchor_rows) as f64;
         let recall = self.worst.clone().map(|worst| {
@@ -317,6 +451,6 @@ impl Sums {
             let p5 = bin.unwrap_or(0) as f64 / PER_BIN;
             Recall { rows: self.rows, mean: self.recall / self.rows as f64, p5, worst }
         });
-        Group { ops: self.ops, density, recall }
+        Group { ops: self.ops, density, recall, loss: self.loss.filter(|_| predicted) }
     }
 }

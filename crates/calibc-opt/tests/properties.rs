@@ -71,7 +71,7 @@ prop_compose! {
         let similarity = plan.sites().enumerate().map(|(i, site)| (site, f64::from(seeds[0][i % seeds[0].len()]) / 255.0)).collect();
         let mock = Mock {
             calibration: seeds[1..].iter().map(energies).collect(),
-            holdout: Vec::new(), similarity, error: BTreeMap::new(), covered: covered.clone(),
+            similarity, covered: covered.clone(), ..Mock::default()
         };
         let repetition = gamma.map(|gamma| Repetition { anchors: 2, gamma });
         Case { plan, mock, recipe: CalibAtt { a, c: a + fall, k, rho, repetition } }
@@ -134,7 +134,7 @@ proptest! {
         let policy = Policy::CalibAtt(case.recipe);
         let report_on = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| recall_report(&plan, &policy, &case.mock, &Hooks::default())).unwrap()
+            pool.install(|| recall_report(&plan, &policy, None, &case.mock, &Hooks::default())).unwrap()
         };
         let report = report_on(3);
         prop_assert_eq!(&report_on(1), &report);

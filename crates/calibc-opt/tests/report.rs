@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use calibc_ir::{AttnOp, BlockEnergy, Geometry, Model, Plan, Site, StepId};
 use calibc_opt::{
-    AnchorReport, Basis, CalibAtt, Explicit, Hooks, NoCalibration, OpCounts, Policy, Recall, Repetition, Report,
-    SiteMask, Target, WorstRow, recall_report, standard,
+    AnchorReport, Basis, CalibAtt, Explicit, Hooks, NoCalibration, OpCounts, PassReport, Policy, Recall, Repetition,
+    Report, SiteMask, Target, WorstRow, recall_report, standard,
 };
 use common::Mock;
 
@@ -28,8 +28,11 @@ fn mock() -> Mock {
 }
 
 fn compile(policy: &Policy, mock: &Mock) -> (Plan, Report) {
-    let plan = standard(policy, &Target::default()).run(dense(), mock, Hooks::default()).unwrap();
-    let report = recall_report(&plan, policy, mock, &Hooks::default()).unwrap();
+    let mut selection = None;
+    let mut note = |report: &PassReport, _: &Plan| selection = selection.take().or(report.selection.clone());
+    let hooks = Hooks { after_pass: Some(&mut note), ..Hooks::default() };
+    let plan = standard(policy, &Target::default()).run(dense(), mock, hooks).unwrap();
+    let report = recall_report(&plan, policy, selection.as_ref(), mock, &Hooks::default()).unwrap();
     (plan, report)
 }
 
@@ -106,7 +109,7 @@ fn anchor_sites_have_measures_of_their_own() {
 fn no_traces_leave_densities_only() {
     let policy = Policy::Explicit(Explicit::new(|_| SiteMask::Dense));
     let plan = standard(&policy, &Target::default()).run(dense(), &NoCalibration, Hooks::default()).unwrap();
-    let report = recall_report(&plan, &policy, &NoCalibration, &Hooks::default()).unwrap();
+    let report = recall_report(&plan, &policy, None, &NoCalibration, &Hooks::default()).unwrap();
     assert_eq!((report.basis, report.prompts, report.overall.recall), (Basis::None, 0, None));
     assert_eq!((report.overall.density, report.overall.ops.dense), (1.0, 6));
     assert_eq!(report.evaluated_steps, []);

@@ -199,27 +199,56 @@ impl Trace {
         self.anchor_mean(Kind::Error, Site { step, layer, head }, anchors)
     }
 
+    /// Relative output error of the site with `anchors` anchor rows, for each calibration prompt; `None` unless every one of them
+    /// measured it for that number of anchors.
+    ///
+    /// # Errors
+    /// As [`Trace::energy`].
+    pub fn anchor_errors(
+        &self,
+        step: StepId,
+        layer: LayerId,
+        head: HeadId,
+        anchors: u16,
+    ) -> Result<Option<Vec<f64>>, TraceError> {
+        self.anchor_values(Kind::Error, Site { step, layer, head }, anchors)
+    }
+
     fn anchor_mean(&self, kind: Kind, site: Site, anchors: u16) -> Result<Option<f64>, TraceError> {
-        let column = self.manifest.anchor_counts.iter().position(|&n| n == anchors);
-        let prompts = &self.splits[Split::Calibration as usize];
+        let values = self.anchor_values(kind, site, anchors)?;
         // In prompt order, from 0.0: another implementation can repeat it bit for bit.
-        let mut sum = 0.0;
+        Ok(values.map(|values| values.iter().fold(0.0, |sum, value| sum + value) / values.len() as f64))
+    }
+
+    fn anchor_values(&self, kind: Kind, site: Site, anchors: u16) -> Result<Option<Vec<f64>>, TraceError> {
+        let Some(column) = self.manifest.anchor_counts.iter().position(|&n| n == anchors) else { return Ok(None) };
+        let prompts = &self.splits[Split::Calibration as usize];
+        let mut values = Vec::with_capacity(prompts.len());
         for &prompt in prompts {
             let bytes = self.site_bytes(prompt, site, kind)?;
-            let value = bytes.zip(column).and_then(|(bytes, c)| Encoding::F32.decode(bytes.get()).nth(c));
-            let Some(value) = value else { return Ok(None) };
-            sum += value;
+            let Some(value) = bytes.and_then(|bytes| Encoding::F32.decode(bytes.get()).nth(column)) else {
+                return Ok(None);
+            };
+            values.push(value);
         }
-        Ok(Some(sum / prompts.len() as f64))
+        Ok(Some(values))
+    }
+
+    /// Whether every prompt has deviations in every layer, at every covered step.
+    pub fn has_deviations(&self) -> bool {
+        self.has(Kind::Deviation)
+    }
+
+    fn has(&self, kind: Kind) -> bool {
+        self.shards.iter().all(|place| place.index.iter().all(|layer| layer.get(kind).is_some()))
     }
 
     /// Whether every shard read has each of the optional tensors in every layer.
     pub(crate) fn extras(&self) -> [(&'static str, bool); 3] {
-        let all = |kind| self.shards.iter().all(|place| place.index.iter().all(|layer| layer.get(kind).is_some()));
         [
-            ("block_deviation", all(Kind::Deviation)),
-            ("anchor_similarity", all(Kind::Similarity)),
-            ("anchor_error", all(Kind::Error)),
+            ("block_deviation", self.has(Kind::Deviation)),
+            ("anchor_similarity", self.has(Kind::Similarity)),
+            ("anchor_error", self.has(Kind::Error)),
         ]
     }
 

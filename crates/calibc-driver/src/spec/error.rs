@@ -152,7 +152,7 @@ fn word_at(text: &str, (line, column): (u64, u64)) -> Option<String> {
 fn plain(expected: &str) -> String {
     match expected {
         "u16" | "u32" | "u64" | "usize" => "a whole number".to_owned(),
-        "f64" | "f32" | "float" => "a number".to_owned(),
+        "f64" | "f32" | "float" | "floating point" => "a number".to_owned(),
         "bool" => "`true` or `false`".to_owned(),
         "mapping start" => "a mapping of fields".to_owned(),
         "sequence start" => "a list".to_owned(),

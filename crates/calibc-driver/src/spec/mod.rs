@@ -18,6 +18,7 @@ mod read;
 use std::path::PathBuf;
 
 use calibc_ir as ir;
+use calibc_opt::{Budget, HeadWeights, Importance, OverPrompts, StepWeights};
 use schemars::JsonSchema;
 use serde::de::{self, Deserializer, MapAccess, value::MapAccessDeserializer};
 use serde::{Deserialize, Serialize, Serializer};
@@ -189,6 +190,8 @@ impl GeometrySpec {
 pub enum PolicySpec {
     /// The recipe of CalibAtt.
     CalibAtt(CalibAttSpec),
+    /// A density, spent where it is worth most.
+    Budget(BudgetSpec),
     /// The user's own masks.
     Explicit(ExplicitSpec),
 }
@@ -426,6 +429,223 @@ impl<'de> Deserialize<'de> for RepetitionSpec {
     }
 }
 
+/// One global optimum: of all plans of the wanted density, the one whose predicted loss is least. Dropping a block costs the weight
+/// of its step times the weight of its head times its deviation; one threshold on that decides for the whole plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BudgetSpec {
+    /// `budget`.
+    pub kind: BudgetKind,
+    /// Share of the dense attention work that the plan does, in (0, 1]: the mean density of all its sites.
+    #[serde(deserialize_with = "open_unit")]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
+    pub density: f64,
+    /// Share of its mean energy over the calibration prompts that every row of blocks keeps, from 0 to below 1. Its strongest block
+    /// it keeps in any case.
+    #[serde(default, deserialize_with = "below_one")]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
+    pub row_recall: f64,
+    /// Least density of any step, at most `density`; at `density` itself every step gets the same.
+    #[serde(default, deserialize_with = "closed_unit")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub step_floor: f64,
+    /// Anchor rows per frame that a head may compute instead of a mask, where that loses less for the same work; `off`: never.
+    #[serde(default)]
+    pub anchors: AnchorsSpec,
+    /// What a block is worth at its site.
+    #[serde(default)]
+    pub importance: ImportanceSpec,
+    /// How the calibration prompts are put together.
+    #[serde(default)]
+    pub over_prompts: OverPromptsSpec,
+    /// What steps weigh.
+    #[serde(default)]
+    pub step_weights: StepWeightsSpec,
+    /// What heads weigh.
+    #[serde(default)]
+    pub head_weights: HeadWeightsSpec,
+    /// What happens where the traces lack what the fields above ask for.
+    #[serde(default)]
+    pub missing: LackSpec,
+}
+
+/// The tag of [`BudgetSpec`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum BudgetKind {
+    /// `budget`.
+    #[serde(rename = "budget")]
+    Budget,
+}
+
+/// Anchor rows that heads may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(with = "AnchorsForms")]
+pub enum AnchorsSpec {
+    /// None.
+    Off,
+    /// So many per frame.
+    Rows(u16),
+}
+
+impl Default for AnchorsSpec {
+    fn default() -> Self {
+        Self::Rows(default_anchors())
+    }
+}
+
+#[derive(JsonSchema)]
+#[schemars(untagged, rename = "AnchorsSpec")]
+#[expect(dead_code, reason = "describes the file format to schemars; files are read by the visitor below")]
+enum AnchorsForms {
+    /// Never.
+    Off(OffTag),
+    /// Anchor rows per frame.
+    Rows(#[schemars(range(min = 1))] u16),
+}
+
+impl Serialize for AnchorsSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_str("off"),
+            Self::Rows(rows) => serializer.serialize_u16(*rows),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for AnchorsSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = AnchorsSpec;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("`off`, or a number of anchor rows from 1 to 65535")
+            }
+
+            // YAML 1.1 readers take a bare `off` for false.
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<AnchorsSpec, E> {
+                if on { Err(E::invalid_value(de::Unexpected::Bool(on), &self)) } else { Ok(AnchorsSpec::Off) }
+            }
+
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<AnchorsSpec, E> {
+                if word == "off" {
+                    Ok(AnchorsSpec::Off)
+                } else {
+                    Err(E::invalid_value(de::Unexpected::Str(word), &self))
+                }
+            }
+
+            fn visit_u64<E: de::Error>(self, rows: u64) -> Result<AnchorsSpec, E> {
+                let rows = u16::try_from(rows).ok().filter(|&rows| rows > 0);
+                rows.map(AnchorsSpec::Rows).ok_or_else(|| E::custom(format_args!("expected {}", Expected(&self))))
+            }
+
+            fn visit_i64<E: de::Error>(self, rows: i64) -> Result<AnchorsSpec, E> {
+                self.visit_u64(u64::try_from(rows).unwrap_or(0))
+            }
+        }
+
+        /// What a visitor expects, in its own words.
+        struct Expected<'a>(&'a dyn de::Expected);
+        impl std::fmt::Display for Expected<'_> {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// What a block is worth at its site.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ImportanceSpec {
+    /// Its deviation: what dropping it changes in the output of its row. Where the traces have none, energies squared.
+    #[default]
+    Deviation,
+    /// Its energy squared.
+    Energy,
+}
+
+/// How the calibration prompts are put together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OverPromptsSpec {
+    /// By the mean over them.
+    #[default]
+    Mean,
+    /// By the largest of them, block by block.
+    Max,
+}
+
+/// What errors at a step weigh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StepWeightsSpec {
+    /// As measured (`calibc.sensitivity`). Where the traces have no measurement, `default`.
+    #[default]
+    Sensitivity,
+    /// exp(-2.3 t / T): falling to a tenth.
+    Default,
+    /// All alike.
+    Uniform,
+}
+
+/// What errors of a head weigh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadWeightsSpec {
+    /// As measured (`calibc.sensitivity`). Where the traces have no measurement, `uniform`.
+    #[default]
+    Sensitivity,
+    /// All alike.
+    Uniform,
+}
+
+/// What happens where the traces lack something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LackSpec {
+    /// What stands for it is used, with a warning.
+    #[default]
+    Warn,
+    /// It is an error.
+    Error,
+}
+
+impl BudgetSpec {
+    /// The policy.
+    pub fn to_policy(&self) -> Budget {
+        Budget {
+            density: self.density,
+            row_recall: self.row_recall,
+            step_floor: self.step_floor,
+            anchors: match self.anchors {
+                AnchorsSpec::Off => None,
+                AnchorsSpec::Rows(rows) => Some(rows),
+            },
+            importance: match self.importance {
+                ImportanceSpec::Deviation => Importance::Deviation,
+                ImportanceSpec::Energy => Importance::Energy,
+            },
+            over_prompts: match self.over_prompts {
+                OverPromptsSpec::Mean => OverPrompts::Mean,
+                OverPromptsSpec::Max => OverPrompts::Max,
+            },
+            step_weights: match self.step_weights {
+                StepWeightsSpec::Sensitivity => StepWeights::Sensitivity,
+                StepWeightsSpec::Default => StepWeights::Default,
+                StepWeightsSpec::Uniform => StepWeights::Uniform,
+            },
+            head_weights: match self.head_weights {
+                HeadWeightsSpec::Sensitivity => HeadWeights::Sensitivity,
+                HeadWeightsSpec::Uniform => HeadWeights::Uniform,
+            },
+            fallbacks: self.missing == LackSpec::Warn,
+        }
+    }
+}
+
 /// The user's own masks: any block mask per head.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -611,6 +831,10 @@ fn open_unit<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
 
 fn closed_unit<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
     checked(d, |x: f64| (0.0..=1.0).contains(&x), "give a number from 0 to 1")
+}
+
+fn below_one<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+    checked(d, |x: f64| (0.0..1.0).contains(&x), "give a number from 0 to below 1")
 }
 
 fn finite<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {

@@ -7,8 +7,8 @@ use std::path::Path;
 use serde::{Deserialize, de::IgnoredAny};
 
 use super::{
-    CalibAttSpec, ExplicitSpec, GeometrySpec, MAX_SPEC_BYTES, MAX_STEPS, ModelSpec, PolicySpec, Problem,
-    RepetitionSpec, ShareSpec, Spec, SpecError, TargetSpec,
+    AnchorsSpec, BudgetSpec, CalibAttSpec, ExplicitSpec, GeometrySpec, MAX_SPEC_BYTES, MAX_STEPS, ModelSpec,
+    PolicySpec, Problem, RepetitionSpec, ShareSpec, Spec, SpecError, TargetSpec,
 };
 
 /// The file as it is read. Generic over the policy: its kind is looked up first, so that fields stream straight into their
@@ -42,9 +42,11 @@ struct Probe {
 struct PolicyProbe {
     kind: Option<serde_yaml::Spanned<String>>,
     repetition: Option<serde_yaml::Spanned<IgnoredAny>>,
+    anchors: Option<serde_yaml::Spanned<IgnoredAny>>,
+    step_floor: Option<serde_yaml::Spanned<IgnoredAny>>,
 }
 
-const POLICY_KINDS: [&str; 2] = ["calibatt", "explicit"];
+const POLICY_KINDS: [&str; 3] = ["calibatt", "budget", "explicit"];
 
 impl Spec {
     /// Reads and checks the file at `path`.
@@ -91,14 +93,16 @@ impl Spec {
                 }
             },
         };
-        let spec = if kind == "explicit" {
-            serde_yaml::from_str_with_options::<SpecFile<ExplicitSpec>>(text, options())
+        let spec = match kind {
+            "explicit" => serde_yaml::from_str_with_options::<SpecFile<ExplicitSpec>>(text, options())
                 .map_err(fail)?
-                .into_spec(PolicySpec::Explicit)
-        } else {
-            serde_yaml::from_str_with_options::<SpecFile<CalibAttSpec>>(text, options())
+                .into_spec(PolicySpec::Explicit),
+            "budget" => serde_yaml::from_str_with_options::<SpecFile<BudgetSpec>>(text, options())
                 .map_err(fail)?
-                .into_spec(PolicySpec::CalibAtt)
+                .into_spec(PolicySpec::Budget),
+            _ => serde_yaml::from_str_with_options::<SpecFile<CalibAttSpec>>(text, options())
+                .map_err(fail)?
+                .into_spec(PolicySpec::CalibAtt),
         };
         spec.check(path, &probe)?;
         Ok(spec)
@@ -133,19 +137,30 @@ impl Spec {
                 return at(&probe.sigmas, format!("{} sigmas for {steps} steps; give one per step", sigmas.len()));
             }
         }
-        let anchors = match &self.policy {
-            PolicySpec::CalibAtt(CalibAttSpec { repetition: RepetitionSpec::On(on), .. }) => Some(on.anchors),
-            _ => None,
+        let given = probe.policy.as_ref().map(|policy| &policy.value);
+        let (anchors, asked, off) = match &self.policy {
+            PolicySpec::CalibAtt(CalibAttSpec { repetition: RepetitionSpec::On(on), .. }) => {
+                (on.anchors, given.and_then(|policy| policy.repetition.as_ref()), "repetition: off")
+            }
+            PolicySpec::Budget(BudgetSpec { anchors: AnchorsSpec::Rows(rows), .. }) => {
+                (*rows, given.and_then(|policy| policy.anchors.as_ref()), "anchors: off")
+            }
+            _ => (0, None, ""),
         };
         // The default of 5 anchors is dropped where it cannot be; what the file asks for is not.
-        let asked = probe.policy.as_ref().and_then(|policy| policy.value.repetition.as_ref());
-        if let (Some(anchors), Some(geometry), Some(asked)) = (anchors, &self.geometry, asked)
+        if let (Some(geometry), Some(asked)) = (&self.geometry, asked)
             && u32::from(anchors) > geometry.height
         {
             let height = geometry.height;
-            let problem = format!(
-                "{anchors} anchor rows do not fit frames of {height} rows; lower anchors or set `repetition: off`"
-            );
+            let problem =
+                format!("{anchors} anchor rows do not fit frames of {height} rows; lower anchors or set `{off}`");
+            return Err(SpecError::at(path, place(&asked.referenced), Problem::Value(problem)));
+        }
+        if let PolicySpec::Budget(BudgetSpec { density, step_floor, .. }) = self.policy
+            && let Some(asked) = given.and_then(|policy| policy.step_floor.as_ref())
+            && step_floor > density
+        {
+            let problem = format!("{step_floor} is more than the density of {density}; give each step at most that");
             return Err(SpecError::at(path, place(&asked.referenced), Problem::Value(problem)));
         }
         Ok(())

@@ -67,7 +67,7 @@ impl Pass for Protect {
             }
         }
         let rows: usize = holes.iter().map(|&(_, _, mask)| empty[mask].len()).sum();
-        let mut outcome = Outcome { changed: text > 0 || !holes.is_empty(), remarks: Vec::new() };
+        let mut outcome = Outcome { changed: text > 0 || !holes.is_empty(), ..Outcome::default() };
         if text > 0 {
             outcome.remarks.push(format!("text blocks made dense in {text} masks"));
         }

@@ -4,13 +4,13 @@ use calibc_ir::verify::Stage;
 use calibc_ir::{AttnOp, BlockMask, HeadId, LayerId, Plan, Site, StepId};
 use rayon::prelude::*;
 
-use super::sources;
+use super::{budget, sources};
 use crate::calibration::shape_of;
 use crate::error::OptError;
 use crate::pipeline::{Context, Outcome, Pass};
 use crate::policy::{CalibAtt, Explicit, Policy, SiteMask, check_anchors};
 
-/// The policy's ops. Masks that keep everything become dense.
+/// The policy's ops. Masks that keep everything become dense. `budget` has a file of its own.
 ///
 /// With `calibatt`, one covered step is at work at a time: the threshold map of each of its heads is computed once and gives
 /// the masks of all the steps nearest to it, each under its own epsilon.
@@ -33,14 +33,21 @@ impl Pass for Select {
 
     fn run(&self, plan: &mut Plan, cx: &Context<'_>) -> Result<Outcome, OptError> {
         plan.masks = Default::default();
+        let mut selection = None;
         match &self.policy {
             Policy::CalibAtt(recipe) => calibatt(recipe, plan, cx)?,
+            Policy::Budget(budget) => selection = Some(budget::select(budget, plan, cx)?),
             Policy::Explicit(explicit) => explicit_ops(explicit, plan, cx)?,
         }
         let count = |kind: fn(&AttnOp) -> bool| plan.ops.iter().filter(|op| kind(op)).count();
         let dense = count(|op| matches!(op, AttnOp::Dense));
         let sparse = count(|op| matches!(op, AttnOp::BlockSparse { .. }));
-        Ok(Outcome::changed(format!("{sparse} sites get one of {} masks, {dense} stay dense", plan.masks.len())))
+        let anchors = count(|op| matches!(op, AttnOp::AnchorRows { .. }));
+        let mut remark = format!("{sparse} sites get one of {} masks, {dense} stay dense", plan.masks.len());
+        if anchors > 0 {
+            remark += &format!(", {anchors} use anchor rows");
+        }
+        Ok(Outcome { selection, ..Outcome::changed(remark) })
     }
 }
 
@@ -75,7 +82,7 @@ fn calibatt(recipe: &CalibAtt, plan: &mut Plan, cx: &Context<'_>) -> Result<(), 
     Ok(())
 }
 
-fn op_of(mask: Option<BlockMask>, plan: &mut Plan) -> AttnOp {
+pub(super) fn op_of(mask: Option<BlockMask>, plan: &mut Plan) -> AttnOp {
     mask.map_or(AttnOp::Dense, |mask| AttnOp::BlockSparse { mask: plan.masks.intern(mask) })
 }
 

@@ -49,7 +49,7 @@ impl Pass for Share {
             remarks.push(format!("{} masks merged along {along}", count - clusters.len()));
         }
         intern(plan, clusters.into_iter().map(|cluster| cluster.mask).collect());
-        Ok(Outcome { changed: plan.masks.len() != before, remarks })
+        Ok(Outcome { changed: plan.masks.len() != before, remarks, ..Outcome::default() })
     }
 }
 

@@ -32,6 +32,6 @@ impl Pass for AssignVariants {
         let changed = plan.variants != variants;
         let names: Vec<String> = variants.iter().map(ToString::to_string).collect();
         plan.variants = variants;
-        Ok(Outcome { changed, remarks: vec![names.join(" ")] })
+        Ok(Outcome { changed, remarks: vec![names.join(" ")], ..Outcome::default() })
     }
 }

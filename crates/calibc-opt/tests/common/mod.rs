@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use calibc_ir::{BlockEnergy, BlockMask, HeadId, LayerId, Site, StepId, ThresholdMap};
-use calibc_opt::{Calibration, Split};
+use calibc_opt::{Calibration, Sensitivity, Split};
 use thiserror::Error;
 
 #[derive(Clone, Debug, Default)]
@@ -15,6 +15,12 @@ pub struct Mock {
     pub holdout: Vec<BTreeMap<Site, BlockEnergy>>,
     pub similarity: BTreeMap<Site, f64>,
     pub error: BTreeMap<Site, f64>,
+    /// Per calibration prompt, by site; empty: not recorded.
+    pub deviation: Vec<BTreeMap<Site, BlockEnergy>>,
+    /// By site, per calibration prompt.
+    pub errors: BTreeMap<Site, Vec<f64>>,
+    /// Of steps, and of heads by site.
+    pub weights: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 #[derive(Debug, Error)]
@@ -119,5 +125,29 @@ impl Calibration for Mock {
 
     fn anchor_error(&self, step: StepId, layer: LayerId, head: HeadId, _: u16) -> Result<Option<f64>, Absent> {
         Ok(self.error.get(&Site { step, layer, head }).copied())
+    }
+
+    fn anchor_errors(&self, step: StepId, layer: LayerId, head: HeadId, _: u16) -> Result<Option<Vec<f64>>, Absent> {
+        Ok(self.errors.get(&Site { step, layer, head }).cloned())
+    }
+
+    fn has_deviations(&self) -> bool {
+        !self.deviation.is_empty()
+    }
+
+    fn deviation(
+        &self,
+        split: Split,
+        prompt: usize,
+        step: StepId,
+        layer: LayerId,
+        head: HeadId,
+    ) -> Result<Option<BlockEnergy>, Absent> {
+        assert_eq!(split, Split::Calibration, "nobody else says what blocks are worth");
+        Ok(self.deviation[prompt].get(&Site { step, layer, head }).cloned())
+    }
+
+    fn sensitivity(&self) -> Option<Sensitivity<'_>> {
+        self.weights.as_ref().map(|(step, head)| Sensitivity { step, head })
     }
 }
