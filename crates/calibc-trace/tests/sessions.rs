@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use calibc_ir::{Geometry, LayerId, Model, StepId};
@@ -12,6 +13,14 @@ use calibc_trace::session::{Session, set_sensitivity};
 use calibc_trace::writer::{EncodedTensors, Extras, LayerTensors, OpenShard, TraceSpec};
 use calibc_trace::{Encoding, Manifest, Prompt, Sensitivity, Split, Trace, TraceError, check, merge};
 use proptest::prelude::*;
+
+/// A process that is being started has our files open, and so our locks, until it becomes another program: nobody starts one
+/// while a test has a session of its own.
+static STARTING: RwLock<()> = RwLock::new(());
+
+fn nobody_starts() -> RwLockReadGuard<'static, ()> {
+    STARTING.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 const LAYERS: u32 = 2;
 const HEADS: usize = 2;
@@ -92,6 +101,7 @@ fn whole(prompts: &BTreeSet<String>) -> BTreeSet<String> {
 
 #[test]
 fn encoded_layers_are_the_ones_the_writer_encodes() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let mut session = Session::open(root.path(), spec(), None).unwrap();
     write_prompt(&mut session, "coded", 1).unwrap();
@@ -120,6 +130,7 @@ fn encoded_layers_are_the_ones_the_writer_encodes() {
 
 #[test]
 fn sensitivities_join_a_trace_and_replace_older_ones() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let weights =
         |first: f32| Sensitivity { step: vec![first, 2.0, 1.0], head: vec![0.5; 3 * LAYERS as usize * HEADS] };
@@ -159,6 +170,7 @@ fn sensitivities_join_a_trace_and_replace_older_ones() {
 
 #[test]
 fn wrong_layers_are_refused_as_they_are_written() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let mut session = Session::open(root.path(), spec(), None).unwrap();
     session.begin_prompt(prompt("a")).unwrap();
@@ -180,6 +192,7 @@ fn wrong_layers_are_refused_as_they_are_written() {
 
 #[test]
 fn one_writer_at_a_time_and_in_turn() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let mut session = Session::open(root.path(), spec(), None).unwrap();
     assert!(matches!(Session::open(root.path(), spec(), None), Err(TraceError::Locked { .. })));
@@ -204,6 +217,7 @@ fn one_writer_at_a_time_and_in_turn() {
 
 #[test]
 fn a_capture_of_something_else_is_refused() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     write_prompt(&mut Session::open(root.path(), spec(), None).unwrap(), "a", 0).unwrap();
     let changes: [(&str, TraceSpec); 5] = [
@@ -228,6 +242,7 @@ fn a_capture_of_something_else_is_refused() {
 
 #[test]
 fn held_out_prompts_may_come_first() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let mut session = Session::open(root.path(), spec(), None).unwrap();
     session.begin_prompt(Prompt { split: Split::Holdout, ..prompt("h") }).unwrap();
@@ -243,6 +258,7 @@ fn held_out_prompts_may_come_first() {
 
 #[test]
 fn parts_become_one_trace_and_a_merge_can_be_repeated() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let dir = root.path();
     write_prompt(&mut Session::open(dir, spec(), None).unwrap(), "p1", 0).unwrap();
@@ -285,6 +301,7 @@ fn copy_all(from: &Path, to: &Path) {
 
 #[test]
 fn merging_is_the_same_in_any_order_and_refuses_conflicts() {
+    let _sessions = nobody_starts();
     let root = tempfile::tempdir().unwrap();
     let at = |name: &str| root.path().join(name);
     for (name, prompts) in [("a", ["x", "y"]), ("b", ["z", "w"])] {
@@ -350,6 +367,7 @@ proptest! {
     /// However a capture is interrupted, what was committed is there afterwards, whole, and nothing else is.
     #[test]
     fn interruptions_lose_only_the_prompt_they_meet(acts in acts(), part: bool) {
+        let _sessions = nobody_starts();
         let root = tempfile::tempdir().unwrap();
         let (part, dir) = if part { (Some("r0"), root.path().join(".parts/r0")) } else { (None, root.path().to_owned()) };
         let mut session = Some(Session::open(root.path(), spec(), part).unwrap());
@@ -423,6 +441,7 @@ fn processes_killed_side_by_side_leave_one_trace() {
         let mut children = ["r0", "r1"].map(|part| {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args(["--exact", "capture_until_killed", "--test-threads=1"]).stdout(std::process::Stdio::null());
+            let _start = STARTING.write().unwrap_or_else(PoisonError::into_inner);
             command.env(CHILD, root.path()).env("CALIBC_TEST_PART", part).spawn().unwrap()
         });
         std::thread::sleep(Duration::from_millis(60 + random.below(120)));
