@@ -224,7 +224,9 @@ def _of_heads(
     """u of one step: float64 [layers, heads]."""
     adapter = follower.adapters[passes[0].component]
     seed = f"{config.seed}/{number}"
-    with HeadErrors(adapter, geometry, branch, config.errors, config.row_blocks, seed) as heads:
+    # Gradients need tensors that inference_mode does not make.
+    measured = HeadErrors(adapter, geometry, branch, config.errors, config.row_blocks, seed)
+    with torch.inference_mode(False), torch.no_grad(), measured as heads:
         if config.method == "gradient":
             return heads.gradient(passes, config.projections, tick)
         return heads.exact(passes, config.projections, config.head_error, tick)
@@ -254,7 +256,9 @@ def _of_step(
         raise Usage(f"`run` returned latents {list(found.shape)} after {list(latents.shape)}")
     weight = float((found.double() - latents.double()).square().mean()) / given if given > 0 else float("nan")
     if not weight < float("inf"):
-        raise BadInput(f"velocities at step {step} are 0 or not finite, so the trace's model was not run as it was captured")
+        raise BadInput(
+            f"velocities at step {step} are 0 or not finite, so the trace's model was not run as it was captured"
+        )
     return weight
 
 

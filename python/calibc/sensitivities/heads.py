@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibc import _native
 from calibc.adapters import Adapter, Route
@@ -21,7 +22,6 @@ from calibc.sensitivities.runs import Pass, by_branch, guided
 from calibc.statistics import Geometry, Problem, _strata
 
 Errors = Literal["blocks", "noise"]
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Tap(torch.autograd.Function):
     """Lets an attention's output through, and shows its gradient on the way back."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, out: Tensor, root: Tensor, q: Tensor, k: Tensor, v: Tensor, show: Callable[..., None]
     ) -> Tensor:
         ctx.save_for_backward(out, q, k, v)
@@ -103,7 +103,9 @@ class HeadErrors:
     block needs. Afterwards everything is as it was.
     """
 
-    def __init__(self, adapter: Adapter, geometry: Geometry, branch: str, kind: Errors, row_blocks: int, seed: str) -> None:
+    def __init__(
+        self, adapter: Adapter, geometry: Geometry, branch: str, kind: Errors, row_blocks: int, seed: str
+    ) -> None:
         self.adapter = adapter
         self.lengths: list[int] | None = None
         self._span = Span.of(geometry)
@@ -140,50 +142,28 @@ class HeadErrors:
         Hutchinson's estimator: for z of independent normal values, E <z, J d>^2 = |J d|^2, and <z, J d> = <J' z, d> for all heads
         and directions d comes of one backward pass. Branches share a plan's masks, so their errors add up before they are squared.
         """
-        above: Tensor | float = 0.0
-        below: Tensor | float = 0.0
+        above, below = (torch.zeros(len(self._attentions), self.adapter.heads, dtype=torch.float64) for _ in range(2))
         for draw in range(projections):
-            shape = passes[0].velocity.shape[1:]
-            z = torch.randn(shape, generator=torch.Generator().manual_seed(self._draw("z", passes[0].step, 0, draw)))
-            found: dict[str, list[Tensor | None]] = {b: [None] * len(self._attentions) for p in passes for b in p.branches}
-            units: dict[str, list[Tensor | None]] = {b: [None] * len(self._attentions) for b in found}
+            responses: dict[str, Tensor] = {}
+            units: dict[str, Tensor] = {}
             for each in passes:
-
-                def sink(attention: _Attention, gradient: Tensor, each: Pass = each, draw: int = draw) -> None:
-                    branch, layer = each.branches[attention.row], attention.layer
-                    found[branch][layer], units[branch][layer] = self._responses(attention, gradient, each.step, draw)
-
-                self._backward(each, z, sink)
+                self._answer(each, draw, responses, units)
                 tick()
-            responses = {branch: _whole(layers) for branch, layers in found.items()}
-            above = above + guided(responses, passes[-1].scale).square().sum((2, 3))
-            below = below + _whole(units[self._branch if self._branch in units else next(iter(units))])
+            above += guided(responses, passes[-1].scale).square().sum((2, 3))
+            below += units.get(self._branch, next(iter(units.values())))
         return _ratio(above / passes[0].velocity[0].numel(), below)
 
     def exact(self, passes: list[Pass], draws: int, size: float, tick: Callable[[], None]) -> Tensor:
         """As `gradient`, measured: the velocity with one head after the other made wrong."""
         right = by_branch(passes, [self._forward(each, None) for each in passes])
-        layers, heads = len(self._attentions), self.adapter.heads
-        above, below = (torch.zeros(layers, heads, dtype=torch.float64) for _ in range(2))
-        for layer in range(layers):
-            for head in range(heads):
-                for draw in range(draws):
-                    units: dict[str, float] = {}
-                    wrong = []
-                    for each in passes:
-
-                        def edit(attention: _Attention, each: Pass = each) -> Tensor:
-                            if attention.layer != layer:
-                                return attention.out
-                            out, unit = self._wrong(attention, head, size, each.step, draw)
-                            units[each.branches[attention.row]] = unit
-                            return out
-
-                        wrong.append(self._forward(each, edit))
-                    apart = {branch: v - right[branch] for branch, v in by_branch(passes, wrong).items()}
-                    above[layer, head] += float(guided(apart, passes[-1].scale).square().mean())
-                    below[layer, head] += units.get(self._branch, next(iter(units.values())))
-                tick()
+        above, below = (torch.zeros(len(self._attentions), self.adapter.heads, dtype=torch.float64) for _ in range(2))
+        for layer, head in itertools.product(range(len(self._attentions)), range(self.adapter.heads)):
+            for draw in range(draws):
+                velocities, units = self._one_wrong(passes, layer, head, size, draw)
+                apart = {branch: velocity - right[branch] for branch, velocity in velocities.items()}
+                above[layer, head] += float(guided(apart, passes[-1].scale).square().mean())
+                below[layer, head] += units.get(self._branch, next(iter(units.values())))
+            tick()
         return _ratio(above, below)
 
     # What the layers call.
@@ -208,6 +188,44 @@ class HeadErrors:
 
     # How.
 
+    def _answer(self, each: Pass, draw: int, responses: dict[str, Tensor], units: dict[str, Tensor]) -> None:
+        """Answers [layers, H, rows, directions] of a pass to one random z, and their units [layers, H]; both by branch."""
+        seed = self._draw("z", each.step, 0, draw)
+        z = torch.randn(each.velocity.shape[1:], generator=torch.Generator().manual_seed(seed))
+        found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+        def sink(attention: _Attention, gradient: Tensor) -> None:
+            found[each.branches[attention.row], attention.layer] = self._responses(attention, gradient, each.step, draw)
+
+        self._backward(each, z, sink)
+        layers = range(len(self._attentions))
+        missing = sum((branch, layer) not in found for branch in each.branches for layer in layers)
+        if missing:
+            raise BadInput(
+                f"{missing} of {len(layers) * len(each.branches)} attention layers got no gradient at step {each.step}; measure "
+                "without caches that skip layers"
+            )
+        for branch in each.branches:
+            whole = zip(*(found[branch, layer] for layer in layers), strict=True)
+            responses[branch], units[branch] = (torch.stack(parts).double().cpu() for parts in whole)
+
+    def _one_wrong(
+        self, passes: list[Pass], layer: int, head: int, size: float, draw: int
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """A step's velocities with one head wrong, and how wrong it is; both by branch."""
+        units: dict[str, float] = {}
+
+        def wrong(each: Pass) -> Tensor:
+            def edit(attention: _Attention) -> Tensor:
+                if attention.layer != layer:
+                    return attention.out
+                out, units[each.branches[attention.row]] = self._wrong(attention, head, size, each.step, draw)
+                return out
+
+            return self._forward(each, edit)
+
+        return by_branch(passes, [wrong(each) for each in passes]), units
+
     def _begin(self, each: Pass) -> None:
         assert each.arguments is not None, "the step is measured"
         call = self.adapter.bind(*each.arguments)
@@ -222,8 +240,7 @@ class HeadErrors:
         self._begin(each)
         self._edit = edit
         try:
-            with torch.no_grad():
-                return each.call(self.adapter.module).float()
+            return each.call(self.adapter.module).float()
         finally:
             self._edit = None
 
@@ -231,11 +248,10 @@ class HeadErrors:
         self._begin(each)
         self._sink = sink
         try:
-            # Wherever the caller is: under no_grad or inference_mode.
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 self._root = torch.zeros((), requires_grad=True)
                 velocity = each.call(self.adapter.module)
-                (velocity.float() * z.to(velocity.device)).sum().backward()
+                torch.autograd.backward((velocity.float() * z.to(velocity.device)).sum())
         finally:
             self._sink = self._root = None
 
@@ -265,16 +281,6 @@ class HeadErrors:
         return _native.capture_seed(f"{self._seed}/{what}/{draw}", step, "", layer) & (2**62 - 1)
 
 
-def _whole(layers: list[Tensor | None]) -> Tensor:
-    """Layers as one tensor, float64 in CPU memory."""
-    missing = sum(layer is None for layer in layers)
-    if missing:
-        raise BadInput(
-            f"{missing} of {len(layers)} attention layers got no gradient; measure without caches that skip layers"
-        )
-    return torch.stack([layer for layer in layers if layer is not None]).double().cpu()
-
-
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     """0 where a head can make no error, as one that sees a single block."""
     ratio = torch.where(below > 0, above / below.clamp_min(1e-300), 0.0)
@@ -284,7 +290,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def _frozen(module: Any) -> Iterator[None]:
     """No gradients for parameters, checkpoints for blocks."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")

@@ -106,9 +106,7 @@ class Follower:
 
     def wrong_velocities(self, step: int, error: Tensor) -> list[Tensor]:
         """What `repeat` makes of a step's velocities."""
-        return [
-            (each.velocity.float() + error).to(each.velocity.dtype) for each in self.passes if each.step == step
-        ]
+        return [(each.velocity.float() + error).to(each.velocity.dtype) for each in self.passes if each.step == step]
 
     def _run(self, run: Callable[[], object], tick: Callable[[], None]) -> Tensor:
         self._at = 0
@@ -206,7 +204,7 @@ class Follower:
         step, error = self._wrong
         if at >= len(self.passes) or abs(self.passes[at].level - level) > 1e-6:
             raise _unrepeatable(f"pass {at} is at another noise level than the first time")
-        if at == 0 and not torch.equal(self._first, call.latents):
+        if at == 0 and (self._first is None or not torch.equal(self._first, call.latents)):
             raise _unrepeatable("it starts from other latents each time")
         known = self.passes[at]
         if known.step > step:
@@ -237,6 +235,9 @@ class Follower:
 
 class _Hook(ContextHook):
     """Hands the forward of one transformer to the follower."""
+
+    # diffusers sets it, and says None.
+    fn_ref: Any
 
     def __init__(self, follower: Follower, name: str, adapter: Adapter) -> None:
         super().__init__()
@@ -272,7 +273,8 @@ def _scale_of(target: object, name: str, adapter: Adapter) -> float | None:
 
 
 def _velocity(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
+    velocity: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return velocity
 
 
 def _with_velocity(output: Any, velocity: Tensor | None) -> Any:
