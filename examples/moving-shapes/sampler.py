@@ -52,7 +52,7 @@ def sample(
     device, dtype = next(transformer.parameters()).device, transformer.dtype
     levels = sigmas(steps, shift)
     # The timesteps of all steps in one tensor, as schedulers keep them: each is a view, which nothing has to wait for.
-    timesteps = torch.tensor(levels, device=device) * 1000.0
+    timesteps = torch.tensor(levels[:-1], device=device) * 1000.0
     video = start.to(device, torch.float32)
     cond, batch = data.embed(ids.to(device)).to(dtype), len(ids)
     uncond = data.embed(data.empty_prompt(batch, device)).to(dtype)
