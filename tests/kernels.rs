@@ -1,12 +1,14 @@
 //! Generated CUDA as reviewers see it, and as the compiler sees it: every snapshot compiles for every architecture of its family,
 //! without warnings and without spills.
 
+mod compiling;
+
 use std::path::Path;
 
 use calibc_codegen::generate;
 use calibc_ir::{Arch, DType, Family, HEAD_DIMS, Variant};
-use calibc_nvrtc::Request;
-use rayon::prelude::*;
+
+use compiling::{Work, complaints};
 
 const ARCHS: [&str; 7] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"];
 
@@ -65,25 +67,6 @@ fn cuda_snapshots() {
     });
 }
 
-/// Compiles each (symbol, source, arch) and returns what is wrong with it.
-fn complaints(work: &[(String, String, String)]) -> Vec<String> {
-    let Some(nvrtc) = calibc_nvrtc::testing::nvrtc() else { return Vec::new() };
-    let complain = |(symbol, source, arch): &(String, String, String)| match nvrtc.compile(&Request {
-        source,
-        symbol,
-        arch,
-    }) {
-        Err(error) => Some(format!("{symbol} for {arch}: {error}")),
-        Ok(compiled) if !compiled.warnings.is_empty() => Some(format!("{symbol} for {arch}: {:?}", compiled.warnings)),
-        Ok(compiled) => {
-            let r = &compiled.resources;
-            let spills = r.spill_stores + r.spill_loads + r.stack_bytes;
-            (spills > 0 || compiled.cubin.is_empty() || r.registers == 0).then(|| format!("{symbol} for {arch}: {r:?}"))
-        }
-    };
-    work.par_iter().filter_map(complain).collect()
-}
-
 #[test]
 fn every_snapshot_compiles_for_every_architecture() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("snapshots");
@@ -101,11 +84,11 @@ fn every_snapshot_compiles_for_every_architecture() {
         found[family as usize] += 1;
         let archs =
             ARCHS.iter().filter(|arch| family.compiles_for(arch.parse().expect("the list holds architectures")));
-        work.extend(archs.map(|&arch| (name.clone(), source.clone(), arch.to_owned())));
+        work.extend(archs.map(|&arch| Work { symbol: name.clone(), source: source.clone(), arch: arch.to_owned() }));
     }
     work.sort();
     assert!(found[0] >= 8 && found[1] >= 4, "at least 8 portable and 4 Hopper snapshots, found {found:?}");
-    assert_eq!(complaints(&work), Vec::<String>::new());
+    assert_eq!(complaints(&work, |_| true), Vec::<String>::new());
 }
 
 #[test]
@@ -116,9 +99,12 @@ fn every_variant_compiles_for_the_default_architectures() {
             // The portable kernel too where it is only the correctness twin.
             for family in Family::ALL.into_iter().filter(|family| family.compiles_for(arch)) {
                 let kernel = generate(&variant, family).unwrap();
-                work.push((kernel.symbol, kernel.text, arch.to_string()));
+                work.push(Work { symbol: kernel.symbol, source: kernel.text, arch: arch.to_string() });
             }
         }
     }
-    assert_eq!(complaints(&work), Vec::<String>::new());
+    // Versions differ in what they say of asynchronous products.
+    let hopper = |work: &Work| work.symbol.ends_with("_hopper");
+    assert_eq!(work.iter().filter(|work| hopper(work)).count(), every_variant().len());
+    assert_eq!(complaints(&work, hopper), Vec::<String>::new());
 }

@@ -172,7 +172,8 @@ impl Cache {
         calibc_version: &str,
     ) -> Result<(Compiled, bool), NvrtcError> {
         let key = key(request, nvrtc.version(), nvrtc.file_bytes(), calibc_version);
-        if let Some(compiled) = self.load(&key) {
+        // Another calibc of this version may have been less strict.
+        if let Some(compiled) = self.load(&key).filter(|compiled| compiled.passes(request.symbol)) {
             tracing::debug!(key, symbol = request.symbol, arch = request.arch, "kernel from the cache");
             return Ok((compiled, true));
         }

@@ -57,6 +57,13 @@ pub struct Compiled {
     pub log: String,
 }
 
+impl Compiled {
+    /// Whether the build gate lets this through.
+    pub(crate) fn passes(&self, symbol: &str) -> bool {
+        gate(&self.cubin, &report::read(&self.log, symbol), symbol).is_ok()
+    }
+}
+
 impl Request<'_> {
     /// The options every compile gets, in order. Part of the cache key.
     pub(crate) fn options(&self) -> Vec<String> {
@@ -356,5 +363,8 @@ mod tests {
         let serialised = format!("ptxas info    : (C7510) Potential Performance Loss\n{clean}");
         let codes = vec!["C7510".to_owned()];
         assert_eq!(check(b"\x7fELF", &serialised, "k"), Err(GateFailure::Diagnostics { codes }));
+        // Kept code meets the gate again.
+        let kept = |log: &str| Compiled { cubin: b"\x7fELF".into(), resources, warnings: Vec::new(), log: log.into() };
+        assert!(kept(clean).passes("k") && !kept(&serialised).passes("k"));
     }
 }

@@ -1,6 +1,6 @@
 //! For the tests of this workspace: libnvrtc, or a visible skip.
 
-use std::{env, io::Write, path::Path};
+use std::{env, fs, io::Write, path::PathBuf};
 
 use crate::{Nvrtc, NvrtcError};
 
@@ -27,11 +27,50 @@ pub fn nvrtc() -> Option<Nvrtc> {
     }
 }
 
+/// Every libnvrtc that generated kernels must compile with: that of [`nvrtc`], and other versions, which `CALIBC_TEST_NVRTC` names
+/// as `PATH` names folders, else those that `cargo xtask provision` put under the target folder. Empty, and a line on stderr, where
+/// there is none.
+///
+/// # Panics
+/// Where one that is named does not load, or there is none and `CALIBC_REQUIRE_NVRTC` is `1`.
+pub fn every_nvrtc() -> Vec<Nvrtc> {
+    let Some(first) = nvrtc() else { return Vec::new() };
+    let mut found = vec![first];
+    let named = env::var_os("CALIBC_TEST_NVRTC").filter(|value| !value.is_empty());
+    for folder in named.map_or_else(provisioned, |paths| env::split_paths(&paths).collect()) {
+        let nvrtc = Nvrtc::find(Some(&folder)).unwrap_or_else(|error| panic!("CALIBC_TEST_NVRTC: {error}"));
+        if found.iter().all(|known| known.path() != nvrtc.path()) {
+            found.push(nvrtc);
+        }
+    }
+    found
+}
+
+/// Folders above the executable, the target folder among them, joined with `name`.
+fn beside_the_executable(name: &str) -> Vec<PathBuf> {
+    let executable = env::current_exe().ok();
+    executable
+        .iter()
+        .flat_map(|exe| exe.ancestors())
+        .map(|folder| folder.join(name))
+        .filter(|path| path.is_dir())
+        .collect()
+}
+
+/// The folder, under the target folder, of NVRTCs beside that of the Python environment.
+fn provisioned() -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for folder in beside_the_executable("nvrtc") {
+        let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+        found.extend(entries.map(|entry| entry.path().join("nvidia/cu13/lib")).filter(|path| path.is_dir()));
+    }
+    found.sort();
+    found
+}
+
 fn find() -> Result<Nvrtc, NvrtcError> {
     if env::var_os("CALIBC_NVRTC").is_none_or(|value| value.is_empty()) {
-        let executable = env::current_exe().ok();
-        let environments = executable.iter().flat_map(|exe| exe.ancestors()).map(|folder| folder.join("python"));
-        for environment in environments.filter(|folder| Path::is_dir(folder)) {
+        for environment in beside_the_executable("python") {
             if let Ok(nvrtc) = Nvrtc::find(Some(&environment)) {
                 return Ok(nvrtc);
             }

@@ -1,7 +1,8 @@
 //! Developer commands: `cargo xtask demo`, `cargo xtask test` and their parts.
 //!
 //! They do all their set-up on a machine that has Rust and Python 3: [`provision`] puts NumPy and NVRTC, which comes as a
-//! wheel and needs no GPU, into a Python environment under the target folder, for `test` also PyTorch, and nothing anywhere else.
+//! wheel and needs no GPU, into a Python environment under the target folder, for `test` also PyTorch and a second NVRTC, and nothing
+//! anywhere else.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line tool")]
 
@@ -22,12 +23,12 @@ usage: cargo xtask COMMAND
 
   demo           compile the example traces into a bundle, and execute it
   test           everything: format, lints, tests, Python tests, docs
-  check-kernels  compile every generated kernel with NVRTC
+  check-kernels  compile every generated kernel with two versions of NVRTC
   package        build the Python package, install it into target/python, and run the Python tests
   provision      only fetch what the others need into the target folder
 
 environment:
-  CALIBC_NVRTC   use this libnvrtc (a file or folder) instead of the fetched one
+  CALIBC_NVRTC   use this libnvrtc (a file or folder) instead of the fetched one; kernels are compiled with another version too
   PYTHON         the Python 3 to start from; default: python3 on PATH";
 
 fn main() -> ExitCode {

@@ -1,5 +1,5 @@
 //! The Python environment under the target folder: NVRTC and NumPy, and for the tests of the Python package what its users have:
-//! PyTorch and diffusers, some gigabytes.
+//! PyTorch and diffusers, some gigabytes. Beside it another NVRTC, for kernels to be compiled with both.
 
 use std::{
     env,
@@ -20,6 +20,9 @@ const REQUIREMENTS: [&str; 2] = ["nvidia-cuda-nvrtc>=13,<14", "numpy>=1.24"];
 /// What building and testing the Python package needs beside that. Versions move on when somebody moves them.
 const PACKAGE_REQUIREMENTS: [&str; 5] =
     ["maturin>=1.9.4,<2", "torch==2.15.*", "diffusers==0.42.*", "accelerate==1.15.*", "transformers==5.23.*"];
+/// Another NVRTC, which generated kernels must compile with too: that of PyTorch's builds for CUDA 13.0, from a time when ptxas said
+/// other things of asynchronous products.
+const OTHER_NVRTC: &str = "nvidia-cuda-nvrtc==13.0.88";
 /// Raise when the layout of the environment changes.
 const LAYOUT: u32 = 1;
 /// The oldest Python 3 with wheels of all this.
@@ -35,6 +38,8 @@ pub(crate) struct Environment {
     packages: Option<PathBuf>,
     /// The folder of libnvrtc, or what `CALIBC_NVRTC` said.
     pub(crate) nvrtc: PathBuf,
+    /// The folder of another version, where it was asked for.
+    other_nvrtc: Option<PathBuf>,
     cache: PathBuf,
     folder: PathBuf,
 }
@@ -48,6 +53,9 @@ impl Environment {
             .env("CALIBC_REQUIRE_NVRTC", "1")
             .env("CALIBC_CACHE_DIR", &self.cache)
             .env("INSTA_UPDATE", "no");
+        if let Some(other) = &self.other_nvrtc {
+            command.env("CALIBC_TEST_NVRTC", other);
+        }
         if let Some(packages) = &self.packages {
             let old = env::var_os("PYTHONPATH").unwrap_or_default();
             let paths = std::iter::once(packages.clone()).chain(env::split_paths(&old));
@@ -92,6 +100,9 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let environment = provision_package(workspace)?;
     println!("CALIBC_PYTHON={}", environment.python.display());
     println!("CALIBC_NVRTC={}", environment.nvrtc.display());
+    if let Some(other) = provision_other_nvrtc(workspace, environment)?.other_nvrtc {
+        println!("CALIBC_TEST_NVRTC={}", other.display());
+    }
     Ok(true)
 }
 
@@ -146,6 +157,28 @@ pub(crate) fn provision_package(workspace: &Workspace) -> Result<Environment> {
     fs::write(&stamp_path, stamp).with_context(|| format!("cannot write {}", stamp_path.display()))?;
     drop(lock);
     Ok(environment)
+}
+
+/// The environment with the other NVRTC, in a folder of its own.
+pub(crate) fn provision_other_nvrtc(workspace: &Workspace, environment: Environment) -> Result<Environment> {
+    let _lock = lock(workspace)?;
+    let (_, version) = OTHER_NVRTC.split_once("==").context("the other NVRTC has no version")?;
+    let folder = workspace.target.join("nvrtc").join(version);
+    let library = folder.join("nvidia/cu13/lib");
+    let stamp_path = folder.join("calibc.stamp");
+    if !(fs::read_to_string(&stamp_path).is_ok_and(|found| found == OTHER_NVRTC) && library.is_dir()) {
+        eprintln!("setting up {} ({OTHER_NVRTC})", workspace.show(&folder));
+        // Other versions go with their folder: tests would find them.
+        let all = workspace.target.join("nvrtc");
+        if all.exists() {
+            fs::remove_dir_all(&all).with_context(|| format!("cannot remove {}", all.display()))?;
+        }
+        let mut pip = pip_install(&environment.python);
+        install(pip.args(["--no-deps", "--only-binary=:all:", "--target"]).arg(&folder).arg(OTHER_NVRTC))?;
+        ensure!(library.join("libnvrtc.so.13").is_file(), "no libnvrtc.so.13 in {}", library.display());
+        fs::write(&stamp_path, OTHER_NVRTC).with_context(|| format!("cannot write {}", stamp_path.display()))?;
+    }
+    Ok(Environment { other_nvrtc: Some(library), ..environment })
 }
 
 /// Held by whoever changes the environment.
@@ -254,7 +287,8 @@ fn open(workspace: &Workspace, folder: &Path, base: &Base) -> Result<Environment
     // Absolute, because cargo runs every test in its own package's folder.
     let named = named.map(|path| std::path::absolute(&path).unwrap_or_else(|_| path.into()));
     let nvrtc = named.unwrap_or(fetched);
-    Ok(Environment { python, packages, nvrtc, cache: workspace.target.join("calibc-cache"), folder: folder.to_owned() })
+    let cache = workspace.target.join("calibc-cache");
+    Ok(Environment { python, packages, nvrtc, other_nvrtc: None, cache, folder: folder.to_owned() })
 }
 
 pub(crate) fn venv_python(folder: &Path) -> PathBuf {
