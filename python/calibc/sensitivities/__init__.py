@@ -18,7 +18,7 @@ measured, on a few generations:
 u by `gradient`: E <z, J d>^2 = |J d|^2 for z of independent normal values (Hutchinson's estimator of the squared norm of the Jacobian
 J), where d runs over what dropping single blocks does to a head's output; one backward pass gives J' z for all heads. Kept to first order
 and without what errors of several blocks have in common, as the loss is. u by `exact`: the scores of one head are made too high or too
-low, block by block at random, and the velocity is compared; layers x heads passes, for small models and for checks.
+low, block by block at random, and velocities are compared; 2 x layers x heads passes per step and draw, for small models and for checks.
 
 With guidance a plan's masks serve both branches, and its errors are alike in both: they are added as guidance adds the branches,
 u + s (c - u), before they are squared.
@@ -60,7 +60,7 @@ class SensitivityConfig:
     """How to measure."""
 
     method: Literal["gradient", "exact"] = "gradient"
-    """u by gradients of random projections, or by making one head wrong at a time: layers x heads passes."""
+    """u by gradients of random projections, or by making one head wrong at a time: 2 x layers x heads passes."""
     errors: Literal["blocks", "noise"] = "blocks"
     """What errors of a head look like: what dropping blocks gives, or white noise on its output."""
     steps: Sequence[int] | int = 6
@@ -71,11 +71,11 @@ class SensitivityConfig:
     """Random projections of the velocity (gradient), or draws of errors (exact), to average."""
     row_blocks: int = 32
     """Query blocks of each head that stand for all, for `gradient` with `blocks`."""
-    velocity_noise: float = 0.05
-    """Noise on a velocity for w, relative to its root mean square."""
-    head_error: float = 0.5
-    """Error of a head for `exact`: of the logarithm of a block's weight, or relative to the output for `noise`. In bfloat16 small ones
-    drown in rounding."""
+    velocity_noise: float = 0.2
+    """Noise on a step's velocity for w, relative to its root mean square and times the square root of the number of steps. The latents
+    change by a few percent then; in bfloat16 less drowns in the rounding of all later steps."""
+    head_error: float = 0.25
+    """Error of a head for `exact`: of the logarithm of a block's weight, or relative to the output for `noise`."""
     seed: int = 0
     """Decides everything random."""
     progress: bool = True
@@ -180,7 +180,7 @@ def sensitivity(
                     # Embeddings and latents of many steps need not stay.
                     p.arguments = None
                 bar.say(f"step {step}: going on with another velocity")
-                by_step[i] += _of_step(follower, each, latents, passes, config, number, bar.tick)
+                by_step[i] += _of_step(follower, each, latents, passes, len(trace.sigmas), config, number, bar.tick)
     result = Sensitivity(
         _interpolated(by_step / len(runs), steps, len(trace.sigmas)),
         _interpolated(by_head / len(runs), steps, len(trace.sigmas)),
@@ -237,14 +237,15 @@ def _of_step(
     run: Callable[[], object],
     latents: Tensor,
     passes: list[Pass],
+    steps: int,
     config: SensitivityConfig,
     number: int,
     tick: Callable[[], None],
 ) -> float:
-    """w of one step."""
+    """w of one step of so many."""
     step, shape = passes[0].step, passes[0].velocity.shape[1:]
     right = by_branch(passes, [each.velocity for each in passes])
-    size = float(next(iter(right.values())).square().mean().sqrt()) * config.velocity_noise
+    size = float(next(iter(right.values())).square().mean().sqrt()) * config.velocity_noise * steps**0.5
     seed = _native.capture_seed(f"{config.seed}/{number}/velocity", step, "", 0) & (2**63 - 1)
     error = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
     wrong = by_branch(passes, follower.wrong_velocities(step, error))

@@ -125,6 +125,8 @@ class HeadErrors:
         originals = [attn.processor for attn in self._attentions]
         processors = [self.adapter.processor(original, _Layer(self, i)) for i, original in enumerate(originals)]
         with contextlib.ExitStack() as exits:
+            # Blocks that were compiled run as Python: graphs know nothing of checkpoints and of who looks at a gradient.
+            exits.enter_context(torch.compiler.set_stance("force_eager"))
             exits.enter_context(_frozen(self.adapter.module))
             exits.callback(put_back, self._attentions, processors, originals)
             place(self._attentions, processors)
@@ -154,17 +156,24 @@ class HeadErrors:
         return _ratio(above / passes[0].velocity[0].numel(), below)
 
     def exact(self, passes: list[Pass], draws: int, size: float, tick: Callable[[], None]) -> Tensor:
-        """As `gradient`, measured: the velocity with one head after the other made wrong."""
-        right = by_branch(passes, [self._forward(each, None) for each in passes])
+        """As `gradient`, measured: the velocity with one head after the other made wrong.
+
+        In bfloat16 a head of many changes less than rounding does. So an error is tried twice, d and -d, on latents that differ by a
+        little noise: <v1(d) - v1(0), v2(0) - v2(-d)> = |J d|^2, and rounding, which is another one in each, falls out.
+        """
+        right = [[self._guided(passes, None, draw, 0.0, side)[0] for side in range(2)] for draw in range(draws)]
         above, below = (torch.zeros(len(self._attentions), self.adapter.heads, dtype=torch.float64) for _ in range(2))
         for layer, head in itertools.product(range(len(self._attentions)), range(self.adapter.heads)):
             for draw in range(draws):
-                velocities, units = self._one_wrong(passes, layer, head, size, draw)
-                apart = {branch: velocity - right[branch] for branch, velocity in velocities.items()}
-                above[layer, head] += float(guided(apart, passes[-1].scale).square().mean())
-                below[layer, head] += units.get(self._branch, next(iter(units.values())))
+                plus, minus = (
+                    self._guided(passes, (layer, head), draw, sign * size, side) for side, sign in enumerate((1, -1))
+                )
+                product = (plus[0] - right[draw][0]) * (right[draw][1] - minus[0])
+                above[layer, head] += float(product.mean(dtype=torch.float64))
+                below[layer, head] += (plus[1] + minus[1]) / 2
             tick()
-        return _ratio(above, below)
+        # What is left of rounding may be negative.
+        return _ratio(above.clamp_min(0), below)
 
     # What the layers call.
 
@@ -209,22 +218,37 @@ class HeadErrors:
             whole = zip(*(found[branch, layer] for layer in layers), strict=True)
             responses[branch], units[branch] = (torch.stack(parts).double().cpu() for parts in whole)
 
-    def _one_wrong(
-        self, passes: list[Pass], layer: int, head: int, size: float, draw: int
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """A step's velocities with one head wrong, and how wrong it is; both by branch."""
+    def _guided(
+        self, passes: list[Pass], site: tuple[int, int] | None, draw: int, size: float, side: int
+    ) -> tuple[Tensor, float]:
+        """A step's guided velocity with one head wrong, and how wrong it is.
+
+        Args:
+            passes: Those of the step.
+            site: Layer and head; `None` for no error.
+            draw: Which of the errors.
+            size: Of the error.
+            side: Which of two latents, which differ by a little noise.
+        """
         units: dict[str, float] = {}
 
-        def wrong(each: Pass) -> Tensor:
+        def velocity(each: Pass) -> Tensor:
             def edit(attention: _Attention) -> Tensor:
-                if attention.layer != layer:
+                if site is None or attention.layer != site[0]:
                     return attention.out
-                out, units[each.branches[attention.row]] = self._wrong(attention, head, size, each.step, draw)
+                out, units[each.branches[attention.row]] = self._wrong(attention, site[1], size, each.step, draw)
                 return out
 
-            return self._forward(each, edit)
+            self._begin(each)
+            self._edit = edit
+            try:
+                return each.call(self.adapter, dither=self._draw(f"dither{side}", each.step, 0, draw)).float()
+            finally:
+                self._edit = None
 
-        return by_branch(passes, [wrong(each) for each in passes]), units
+        velocities = by_branch(passes, [velocity(each) for each in passes])
+        unit = units.get(self._branch, next(iter(units.values()))) if units else 0.0
+        return guided(velocities, passes[-1].scale), unit
 
     def _begin(self, each: Pass) -> None:
         assert each.arguments is not None, "the step is measured"
@@ -236,21 +260,13 @@ class HeadErrors:
                 raise BadInput("text padding stands before text, which no adapter expects")
             self.lengths = [call.video_tokens + n for n in real]
 
-    def _forward(self, each: Pass, edit: _Edit | None) -> Tensor:
-        self._begin(each)
-        self._edit = edit
-        try:
-            return each.call(self.adapter.module).float()
-        finally:
-            self._edit = None
-
     def _backward(self, each: Pass, z: Tensor, sink: _Sink) -> None:
         self._begin(each)
         self._sink = sink
         try:
             with torch.enable_grad():
                 self._root = torch.zeros((), requires_grad=True)
-                velocity = each.call(self.adapter.module)
+                velocity = each.call(self.adapter)
                 torch.autograd.backward((velocity.float() * z.to(velocity.device)).sum())
         finally:
             self._sink = self._root = None

@@ -18,6 +18,8 @@ from calibc.adapters.schedule import ContextHook, Progress, Timesteps, attach, c
 from calibc.errors import BadInput, Usage
 
 _HOOK = "calibc_sensitivity"
+# Noise on latents, relative, that makes rounding another one in all layers: some units of bfloat16's last place.
+_DITHER = 2.0**-4
 
 
 @dataclasses.dataclass
@@ -41,13 +43,24 @@ class Pass:
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
     """What the model was given; kept at steps that are measured."""
 
-    def call(self, module: nn.Module) -> Tensor:
-        """Runs the model on the same arguments again: its velocity, [samples, ...]."""
+    def call(self, adapter: Adapter, dither: int | None = None) -> Tensor:
+        """Runs the model on the same arguments again: its velocity, [samples, ...].
+
+        Args:
+            adapter: The model's.
+            dither: Seed of noise on the latents, where they are to be others of the same kind.
+        """
         assert self.arguments is not None, "the step is measured"
         args, kwargs = self.arguments
+        if dither is not None:
+            latents = adapter.bind(args, kwargs).latents
+            noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(dither))
+            size = latents.float().square().mean().sqrt() * _DITHER
+            moved = (latents.float() + noise.to(latents.device) * size).to(latents.dtype)
+            args, kwargs = pytree.tree_map(lambda x: moved if x is latents else x, (args, kwargs))
         kind = contextlib.nullcontext() if self.autocast is None else torch.autocast(*self.autocast)
         with kind:
-            return _velocity(module(*args, **kwargs))
+            return _velocity(adapter.module(*args, **kwargs))
 
 
 def guided(parts: Mapping[str, Tensor], scale: float | None) -> Tensor:
