@@ -43,6 +43,12 @@ struct Args {
     /// Prompts held out to measure recall on.
     #[arg(long, default_value_t = 1)]
     holdout: u32,
+    /// Also what dropping a block changes, for the policy `budget`.
+    #[arg(long)]
+    deviation: bool,
+    /// Also what errors of steps and heads cost, for the policy `budget`.
+    #[arg(long)]
+    sensitivity: bool,
     /// Seed of everything; the same seed gives the same bytes everywhere.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -59,6 +65,8 @@ fn main() -> Result<()> {
         covered: args.covered,
         calibration: args.calibration,
         holdout: args.holdout,
+        deviation: args.deviation,
+        sensitivity: args.sensitivity,
         seed: args.seed,
         ..Planted::default()
     };

@@ -91,7 +91,10 @@ class Trace:
         self.video = geometry["frames"] * geometry["height"] * geometry["width"]
         self.text = geometry["text_tokens"]
         self.text_first = geometry["text_position"] == "before"
-        self.height = geometry["height"]
+        self.frames, self.height, self.width = geometry["frames"], geometry["height"], geometry["width"]
+        layout = manifest["layout"]
+        # Raster order is that of tiles of one token.
+        self.tile = [1, 1, 1] if layout == "raster" else layout["tile"]
 
     @property
     def tokens(self):

@@ -179,6 +179,7 @@ fn summary(args: &CompileArgs, output: &Output, written: &[PathBuf], total: Dura
     }
     text += &describe::sites(plan);
     if let Some(packed) = &output.packed {
+        text += &describe::budget(packed.bundle.report());
         text += &describe::recall(packed.bundle.report());
     }
     if !output.kernels.is_empty() {

@@ -104,6 +104,56 @@ pub(crate) fn recall(report: &Value) -> String {
     text
 }
 
+/// What the policy `budget` did: a line or a few; nothing for the other policies.
+pub(crate) fn budget(report: &Value) -> String {
+    let number = |at: &str| report.pointer(at).and_then(Value::as_f64);
+    let whole = |at: &str| report.pointer(at).and_then(Value::as_u64);
+    let Some(target) = number("/budget/target") else { return loss(report) };
+    let mut text =
+        format!("budget    {target} of the work, {:.3} of it floors", number("/budget/floor").unwrap_or(0.0));
+    if let (Some(anchors), Some(sites)) = (whole("/budget/anchors"), whole("/budget/anchor_sites")) {
+        text += &format!(", {} at {anchors} anchor rows per frame", count(sites, "site"));
+    }
+    let held: Vec<String> = (report.pointer("/budget/held_steps").and_then(Value::as_array).into_iter().flatten())
+        .map(|step| format!("s{step}"))
+        .collect();
+    if !held.is_empty() {
+        text += &format!("; held at the floor of steps: {}", held.join(" "));
+    }
+    text + "\n" + &loss(report)
+}
+
+/// What the traces lacked: a line each.
+pub(crate) fn warnings(report: &Value) -> String {
+    let warnings = report.pointer("/warnings").and_then(Value::as_array);
+    warnings.into_iter().flatten().filter_map(Value::as_str).map(|text| format!("warning   {text}\n")).collect()
+}
+
+/// The predicted loss: one line where there is one.
+fn loss(report: &Value) -> String {
+    let number = |at: &str| report.pointer(at).and_then(Value::as_f64);
+    let word = |at: &str| report.pointer(at).and_then(Value::as_str).unwrap_or("?");
+    let Some(loss) = number("/overall/loss") else { return String::new() };
+    let mut text = format!("loss      {loss:.4} predicted");
+    // Every step has its threshold; they differ only where a floor of steps holds.
+    let thresholds = report.pointer("/budget/thresholds").and_then(Value::as_array);
+    let values: Vec<f64> = thresholds.into_iter().flatten().filter_map(Value::as_f64).collect();
+    if let (Some(&least), Some(&most)) =
+        (values.iter().min_by(|a, b| a.total_cmp(b)), values.iter().max_by(|a, b| a.total_cmp(b)))
+    {
+        text += &format!(", blocks kept from {least:.3e}");
+        if least < most {
+            text += &format!(" to {most:.3e}");
+        }
+    }
+    let (step, head) = (word("/weighed/step_weights"), word("/weighed/head_weights"));
+    let weights = match (step, head) {
+        ("sensitivity", "sensitivity") => "measured weights".to_owned(),
+        _ => format!("step weights {step}, head weights {head}"),
+    };
+    text + &format!(" ({}, {weights})\n", word("/weighed/importance"))
+}
+
 /// Where the bytes are: one line.
 pub(crate) fn sizes(bundle: &Bundle) -> String {
     let of = |prefixes: &[&str]| -> u64 {

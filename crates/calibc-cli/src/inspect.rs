@@ -32,7 +32,9 @@ fn whole(bundle: &Bundle) -> String {
     let plan = bundle.plan();
     let mut text = describe::head(plan);
     text += &describe::sites(plan);
+    text += &describe::budget(bundle.report());
     text += &describe::recall(bundle.report());
+    text += &describe::warnings(bundle.report());
     text += &describe::sizes(bundle);
     text += &format!(
         "bundle    {}, format {}, calibc {}, blake3 {}\n\nkernels\n",
@@ -56,16 +58,31 @@ fn whole(bundle: &Bundle) -> String {
         );
     }
     for (title, prefix, groups) in [("layer", "l", "/layers"), ("step", "s", "/steps")] {
-        text += &format!("\n{title:6} density  recall    p5  worst   dense sparse anchors\n");
-        let groups = bundle.report().pointer(groups).and_then(Value::as_array);
-        for (i, group) in groups.into_iter().flatten().enumerate() {
+        let loss = bundle.report().pointer("/overall/loss").and_then(Value::as_f64);
+        let groups = bundle.report().pointer(groups).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        // Shares add up to 1: where the work went, and where the loss is left.
+        let work: f64 = groups.iter().filter_map(|group| group["density"].as_f64()).sum();
+        text += &format!("\n{title:6} density  work");
+        text += if loss.is_some() { "  loss" } else { "" };
+        text += "  recall    p5  worst   dense sparse anchors\n";
+        for (i, group) in groups.iter().enumerate() {
             let number = |at: &str| group.pointer(at).and_then(Value::as_f64);
             let shown = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.3}"));
             let ops = |at: &str| group.pointer(at).and_then(Value::as_u64).unwrap_or(0);
+            let percent = |part: Option<f64>, of: f64| {
+                part.filter(|_| of > 0.0).map_or("-".to_owned(), |part| format!("{:.1}%", 100.0 * part / of))
+            };
             text += &format!(
-                "{:6} {:>7} {:>7} {:>5} {:>6} {:>7} {:>6} {:>7}\n",
+                "{:6} {:>7} {:>5}",
                 format!("{prefix}{i}"),
                 shown(number("/density")),
+                percent(number("/density"), work)
+            );
+            if let Some(loss) = loss {
+                text += &format!(" {:>5}", percent(number("/loss"), loss));
+            }
+            text += &format!(
+                " {:>7} {:>5} {:>6} {:>7} {:>6} {:>7}\n",
                 shown(number("/recall/mean")),
                 shown(number("/recall/p5")),
                 shown(number("/recall/worst/recall")),

@@ -1,5 +1,5 @@
-//! Masks of planted traces of every shape, as compiled and exported by the real binary, against an independent implementation
-//! of the recipe (tests/python/recipe.py): equal bit for bit, whatever the constants.
+//! Masks of planted traces of every shape, as compiled and exported by the real binary, against independent implementations of the
+//! recipe (tests/python/recipe.py) and of the policy `budget` (tests/python/budget.py): equal bit for bit, whatever the constants.
 
 #[path = "cli/support.rs"]
 #[allow(dead_code, reason = "shared with other test binaries")]
@@ -75,7 +75,11 @@ fn python() -> Option<&'static Path> {
 
 /// Runs the recipe script in the bench's folder.
 fn recipe(bench: &Bench, python: &Path, args: &[&str]) -> Ended {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/python/recipe.py");
+    script(bench, python, "recipe.py", args)
+}
+
+fn script(bench: &Bench, python: &Path, name: &str, args: &[&str]) -> Ended {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/python").join(name);
     let mut command = Command::new(python);
     command.arg(script).args(args).current_dir(bench.path("")).env("PYTHONDONTWRITEBYTECODE", "1");
     ended(command.output().unwrap())
@@ -103,13 +107,7 @@ fn compare(
     constants: Option<Constants>,
     context: &str,
 ) -> BTreeSet<u8> {
-    let _ = std::fs::remove_dir_all(bench.path("planted"));
-    planted.write(&bench.path("planted")).unwrap();
-    // Masks need no kernels, a bundle does: one small one is enough.
-    let target = "target: {dtypes: [bf16], lse: false, archs: [sm_80]}\n";
-    bench.file("spec.yaml", &[target, &constants.map(Constants::policy).unwrap_or_default()].concat());
-    bench.ok(&["compile", "planted", "-o", "bundle", "--spec", "spec.yaml", "-q"]);
-    bench.ok(&["export", "bundle", "--masks", "masks", "-q"]);
+    masks(bench, planted, &constants.map(Constants::policy).unwrap_or_default());
     // Frames of fewer rows than anchors go without, as the compiler decides by itself.
     let mut arguments = constants.unwrap_or_default().arguments();
     if planted.geometry.height < 5 && constants.is_none_or(|c| c.anchors.is_none()) {
@@ -117,11 +115,44 @@ fn compare(
     }
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     recipe(bench, python, &[&["planted", "-o", "wanted"], &arguments[..]].concat()).expect(OK);
+    same(bench, python, context)
+}
+
+/// Compiles planted traces and exports the masks.
+#[track_caller]
+fn masks(bench: &Bench, planted: &Planted, policy: &str) {
+    let _ = std::fs::remove_dir_all(bench.path("planted"));
+    planted.write(&bench.path("planted")).unwrap();
+    // Masks need no kernels, a bundle does: one small one is enough.
+    let target = "target: {dtypes: [bf16], lse: false, archs: [sm_80]}\n";
+    bench.file("spec.yaml", &[target, policy].concat());
+    bench.ok(&["compile", "planted", "-o", "bundle", "--spec", "spec.yaml", "-q"]);
+    bench.ok(&["export", "bundle", "--masks", "masks", "-q"]);
+}
+
+/// Compares the masks with those that were wanted. Returns the ops that occur.
+#[track_caller]
+fn same(bench: &Bench, python: &Path, context: &str) -> BTreeSet<u8> {
     let same = recipe(bench, python, &["--compare", "wanted", "masks"]);
     assert_eq!(same.code, Some(OK), "{context}: {}{}", same.stdout, same.stderr);
     let (ops, dropped) = summary(&bench.bytes("masks"));
     assert_eq!(ops.contains(&1), dropped > 0, "{context}");
     ops
+}
+
+/// The same for the policy `budget` with these fields.
+#[track_caller]
+fn compare_budget(bench: &Bench, python: &Path, planted: &Planted, fields: &[(&str, &str)]) -> BTreeSet<u8> {
+    let yaml: Vec<String> = fields.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    masks(bench, planted, &format!("policy: {{kind: budget, {}}}\n", yaml.join(", ")));
+    let mut arguments = vec!["planted".to_owned(), "-o".to_owned(), "wanted".to_owned()];
+    for &(name, value) in fields {
+        let value = if value == "off" { "0" } else { value };
+        arguments.extend([format!("--{}", name.replace('_', "-")), value.to_owned()]);
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    script(bench, python, "budget.py", &arguments).expect(OK);
+    same(bench, python, &format!("{fields:?}"))
 }
 
 fn text(text_tokens: u32, text_position: TextPosition, geometry: Geometry) -> Geometry {
@@ -263,4 +294,61 @@ fn coverage_prompts_and_branches() {
     for (i, planted) in cases.into_iter().enumerate() {
         compare(&bench, python, &Planted { seed: 300 + i as u64, ..planted }, None, &format!("case {i}"));
     }
+}
+
+/// The policy `budget`: every field, evidence that is there and that is not, and every kind of geometry.
+#[test]
+fn budgets() {
+    let (Some(python), Some(bench)) = (python(), Bench::new()) else { return };
+    let base = Planted {
+        model: Model { name: "planted".into(), layers: 2, heads: 3, head_dim: 64 },
+        geometry: Geometry::video(3, 12, 20),
+        num_steps: 7,
+        covered: vec![0, 4],
+        anchor_counts: vec![3, 5],
+        repetitive: 0.5,
+        deviation: true,
+        sensitivity: true,
+        ..Planted::default()
+    };
+    let joint = text(90, TextPosition::After, Geometry::video(3, 10, 17));
+    let geometry = |geometry| Planted { geometry, ..base.clone() };
+    type Fields = &'static [(&'static str, &'static str)];
+    let cases: Vec<(Planted, Fields)> = vec![
+        (base.clone(), &[("density", "0.5")]),
+        (base.clone(), &[("density", "0.25"), ("anchors", "off"), ("row_recall", "0")]),
+        (base.clone(), &[("density", "0.6"), ("row_recall", "0.45"), ("anchors", "3")]),
+        (base.clone(), &[("density", "0.4"), ("step_floor", "0.3")]),
+        (base.clone(), &[("density", "0.4"), ("step_floor", "0.4"), ("anchors", "off")]),
+        (base.clone(), &[("density", "0.5"), ("step_weights", "default"), ("head_weights", "uniform")]),
+        (base.clone(), &[("density", "0.5"), ("step_weights", "uniform"), ("over_prompts", "max")]),
+        (base.clone(), &[("density", "0.5"), ("importance", "energy")]),
+        // A target below the floors, everything, and a number of anchor rows that was not measured.
+        (base.clone(), &[("density", "0.01"), ("row_recall", "0.3")]),
+        (base.clone(), &[("density", "1")]),
+        (base.clone(), &[("density", "0.3"), ("anchors", "4")]),
+        // Without evidence, part by part, and with other encodings.
+        (Planted { deviation: false, ..base.clone() }, &[("density", "0.5")]),
+        (Planted { sensitivity: false, ..base.clone() }, &[("density", "0.5")]),
+        (Planted { anchor_counts: vec![], encoding: Encoding::F16, ..base.clone() }, &[("density", "0.45")]),
+        (Planted { encoding: Encoding::F32, calibration: 1, holdout: 0, ..base.clone() }, &[("density", "0.35")]),
+        // Few distinct scores and so many equals at the cut: one prompt, equal weights.
+        (
+            Planted { calibration: 1, ..base.clone() },
+            &[("density", "0.3"), ("anchors", "off"), ("step_weights", "uniform"), ("head_weights", "uniform")],
+        ),
+        // Every geometry.
+        (geometry(Geometry::video(1, 8, 16)), &[("density", "0.7")]),
+        (geometry(Geometry::video(3, 11, 13)), &[("density", "0.4")]),
+        (geometry(Geometry::video(7, 21, 25)), &[("density", "0.3"), ("row_recall", "0.2")]),
+        (geometry(tiled([2, 3, 5], Geometry::video(5, 10, 13))), &[("density", "0.4")]),
+        (geometry(text(77, TextPosition::Before, Geometry::video(3, 11, 13))), &[("density", "0.6")]),
+        (geometry(joint), &[("density", "0.7"), ("step_floor", "0.6"), ("anchors", "3")]),
+        (geometry(tiled([1, 4, 4], joint)), &[("density", "0.65")]),
+    ];
+    let mut seen = BTreeSet::new();
+    for (i, (planted, fields)) in cases.into_iter().enumerate() {
+        seen.extend(compare_budget(&bench, python, &Planted { seed: 400 + i as u64, ..planted }, fields));
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 1, 2], "every op occurs");
 }

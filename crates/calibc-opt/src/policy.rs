@@ -126,11 +126,15 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// All evidence there is, anchor rows where they pay, and no floor but the strongest block of each row.
+    /// The usual [`Budget::row_recall`].
+    pub const ROW_RECALL: f64 = 0.1;
+
+    /// All evidence there is, anchor rows where they pay, and a tenth of its attention for every row: next to nothing where rows keep
+    /// enough as it is, and no row is left with its strongest block alone.
     pub fn new(density: f64) -> Self {
         Self {
             density,
-            row_recall: 0.0,
+            row_recall: Self::ROW_RECALL,
             step_floor: 0.0,
             anchors: Some(Repetition::PAPER.anchors),
             importance: Importance::Deviation,

@@ -14,6 +14,7 @@ use crate::encoding::Encoding;
 use crate::error::TraceError;
 use crate::manifest::{Prompt, Split};
 use crate::random::{SplitMix64, unit};
+use crate::sensitivity::Sensitivity;
 use crate::writer::{Extras, LayerTensors, TraceSpec, TraceWriter};
 
 /// What to plant.
@@ -41,6 +42,8 @@ pub struct Planted {
     pub repetitive: f64,
     /// Whether shards have block deviations.
     pub deviation: bool,
+    /// Whether the trace has sensitivities.
+    pub sensitivity: bool,
     /// Seed of everything.
     pub seed: u64,
 }
@@ -60,6 +63,7 @@ impl Default for Planted {
             anchor_counts: vec![5],
             repetitive: 0.25,
             deviation: false,
+            sensitivity: false,
             seed: 1,
         }
     }
@@ -124,7 +128,26 @@ impl Planted {
                 shard.finish()?;
             }
         }
+        if self.sensitivity {
+            writer.set_sensitivity(&self.weights())?;
+        }
         writer.commit()
+    }
+
+    /// Steps weigh less and less, heads from nothing to four times the mean.
+    fn weights(&self) -> Sensitivity {
+        let steps = f64::from(self.num_steps);
+        let left = |t: u32| 1.0 - f64::from(t) / steps;
+        let step = |t: u32| 0.25 + 4.0 * left(t) * left(t);
+        let sites = u64::from(self.num_steps) * u64::from(self.model.layers) * u64::from(self.model.heads);
+        let head = |site: u64| {
+            let share = unit(mix(&[self.seed, 5, site]));
+            if share < 0.05 { 0.0 } else { 4.0 * share * share * share }
+        };
+        Sensitivity {
+            step: (0..self.num_steps).map(|t| step(t) as f32).collect(),
+            head: (0..sites).map(|site| head(site) as f32).collect(),
+        }
     }
 
     fn pattern(&self, layer: u32, head: u32) -> Pattern {

@@ -46,7 +46,7 @@ fn bundles_are_described_and_drawn() {
     let Some(bench) = Bench::new() else { return };
     bench.ok(&["compile", "traces", "-o", "plan.bundle", "-q"]);
     let text = bench.ok(&["inspect", "plan.bundle"]).stdout;
-    for word in ["registers", "0 B spilled", "layer  density  recall", "s3", "blake3"] {
+    for word in ["registers", "0 B spilled", "layer  density  work  recall", "s3", "blake3"] {
         assert!(text.contains(word), "no {word}: {text}");
     }
     let json = bench.ok(&["inspect", "plan.bundle", "--json"]).json("bundle");

@@ -191,6 +191,92 @@ fn a_spec_changes_the_plan_and_is_kept_in_the_bundle() {
 }
 
 #[test]
+fn a_budget_is_met_and_says_where_it_went() {
+    let Some(bench) = Bench::new() else { return };
+    let planted = calibc_trace::planted::Planted { deviation: true, sensitivity: true, ..Default::default() };
+    planted.write(&bench.path("rich")).unwrap();
+    let spec = |fields: &str| {
+        let target = "target: {dtypes: [bf16], lse: false, archs: [sm_80]}";
+        bench.file("spec.yaml", &format!("policy: {{kind: budget, density: 0.5, {fields}}}\n{target}\n"));
+    };
+    spec("");
+    let ended = bench.ok(&["compile", "rich", "-o", "a.bundle", "--spec", "spec.yaml"]);
+    assert_eq!(ended.stderr, "", "nothing is missing");
+    for words in
+        ["budget    0.5 of the work, ", " at 5 anchor rows per frame", "\nloss ", "(deviation, measured weights)"]
+    {
+        assert!(ended.stdout.contains(words), "no {words}: {}", ended.stdout);
+    }
+    let text = bench.ok(&["inspect", "a.bundle"]).stdout;
+    assert!(text.contains("step   density  work  loss  recall") && !text.contains("warning"), "{text}");
+    let json = bench.ok(&["inspect", "a.bundle", "--json"]).json("bundle");
+    let report = &json["report"];
+    let number =
+        |at: &str| report.pointer(at).and_then(serde_json::Value::as_f64).unwrap_or_else(|| panic!("{at}: {report}"));
+    let block = 1.0 / (json["sites"].as_f64().unwrap() * 64.0);
+    assert!((0.5 - block..=0.5).contains(&number("/overall/density")), "{}", number("/overall/density"));
+    assert_eq!(number("/budget/target"), 0.5);
+    // Where the loss is, by step and by layer, and the threshold of every step.
+    let sum =
+        |at: &str| report[at].as_array().unwrap().iter().map(|group| group["loss"].as_f64().unwrap()).sum::<f64>();
+    for at in ["steps", "layers"] {
+        assert!((sum(at) / number("/overall/loss") - 1.0).abs() < 1e-9, "{at}");
+    }
+    assert_eq!(report["budget"]["thresholds"].as_array().unwrap().len(), 4);
+    assert_eq!((&report["weighed"]["importance"], &report["warnings"]), (&"deviation".into(), &serde_json::json!([])));
+    assert_eq!(
+        bench.ok(&["compile", "rich", "-o", "a.bundle", "--spec", "spec.yaml", "--json"]).json("compile")["report"],
+        *report
+    );
+    // The recipe's plan is predicted a loss as well, and a larger one at a density that is no smaller.
+    bench.ok(&["compile", "rich", "-o", "r.bundle", "-q", "--arch", "sm_80"]);
+    let recipe = bench.ok(&["inspect", "r.bundle", "--json"]).json("bundle");
+    let density = recipe["density"].as_f64().unwrap();
+    bench.file("spec.yaml", &format!("policy: {{kind: budget, density: {density}}}\ntarget: {{archs: [sm_80]}}\n"));
+    bench.ok(&["compile", "rich", "-o", "b.bundle", "--spec", "spec.yaml", "-q"]);
+    let budget = bench.ok(&["inspect", "b.bundle", "--json"]).json("bundle");
+    let loss = |bundle: &serde_json::Value| bundle["report"]["overall"]["loss"].as_f64().unwrap();
+    assert!(loss(&budget) < loss(&recipe), "{} against {}", loss(&budget), loss(&recipe));
+    assert!(bench.ok(&["inspect", "r.bundle"]).stdout.contains("\nloss "));
+}
+
+#[test]
+fn a_budget_says_what_evidence_lacks() {
+    let Some(bench) = Bench::new() else { return };
+    bench.file("spec.yaml", "policy: {kind: budget, density: 0.5, anchors: 3}\ntarget: {archs: [sm_80]}\n");
+    let compile = ["compile", "traces", "-o", "a.bundle", "--spec", "spec.yaml"];
+    let ended = bench.ok(&compile);
+    let warnings: Vec<&str> = ended.stderr.lines().filter_map(|line| line.strip_prefix("warning: ")).collect();
+    assert_eq!(warnings.len(), 3, "{}", ended.stderr);
+    for (warning, words) in
+        warnings.iter().zip(["no deviations", "no sensitivities", "no output error for 3 anchor rows"])
+    {
+        assert!(warning.contains(words), "{warning}");
+    }
+    assert_eq!(bench.ok(&[&compile[..], &["-q"]].concat()).stderr, "");
+    // The bundle remembers.
+    let text = bench.ok(&["inspect", "a.bundle"]).stdout;
+    let remembered: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("warning   ")).collect();
+    assert_eq!(remembered, warnings);
+    let json = bench.ok(&["inspect", "a.bundle", "--json"]).json("bundle");
+    assert_eq!(json["report"]["warnings"], serde_json::json!(warnings));
+    assert_eq!(json["report"]["weighed"]["step_weights"], "default");
+    // Floors that take more than the target are told, too.
+    bench.file("spec.yaml", "policy: {kind: budget, density: 0.2, row_recall: 0.9}\ntarget: {archs: [sm_80]}\n");
+    let ended = bench.ok(&compile);
+    assert!(ended.stderr.contains("more than the 0.2 asked for; lower `row_recall`"), "{}", ended.stderr);
+    // A shared mask keeps what any of its sites keeps: the report's density is the plan's.
+    bench.file(
+        "spec.yaml",
+        "policy: {kind: budget, density: 0.4}\nshare: {max_extra_density: 0.05}\ntarget: {archs: [sm_80]}\n",
+    );
+    bench.ok(&[&compile[..], &["-q"]].concat());
+    let json = bench.ok(&["inspect", "a.bundle", "--json"]).json("bundle");
+    let number = |at: &str| json["report"].pointer(at).and_then(serde_json::Value::as_f64).unwrap();
+    assert!(number("/overall/density") > number("/budget/density") && number("/budget/density") <= 0.4);
+}
+
+#[test]
 fn exported_masks_compile_again_without_traces() {
     let Some(bench) = Bench::new() else { return };
     bench.ok(&["compile", "traces", "-o", "a.bundle", "-q"]);

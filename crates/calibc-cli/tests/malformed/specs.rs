@@ -89,6 +89,29 @@ pub(crate) const CASES: &[Case] = &[
     case("not finite", BAD, &["in/spec.yaml:3:8", "`.nan`"], |f| policy(f, "rho: .nan")),
     case("not finite", BAD, &["in/spec.yaml:3:17", "`-.inf`"], |f| policy(f, "schedule: {k: -.inf}")),
     case("not finite", BAD, &["in/spec.yaml:3:17", "1e999"], |f| policy(f, "schedule: {c: 1e999}")),
+    case("field missing", BAD, &["in/spec.yaml:2:3", "the field `density` is missing"], |f| {
+        f.spec("policy:\n  kind: budget\n")
+    }),
+    case("range", BAD, &["in/spec.yaml:1:33", "2 is out of range", "up to 1"], |f| {
+        f.spec("policy: {kind: budget, density: 2}\n");
+    }),
+    case("unknown field", BAD, &["in/spec.yaml:4:3: unknown field `densty`; did you mean `density`?"], |f| {
+        f.spec("policy:\n  kind: budget\n  density: 0.5\n  densty: 0.4\n");
+    }),
+    case("contradiction", BAD, &["in/spec.yaml:1:", "0.6 is more than the density of 0.5"], |f| {
+        f.spec("policy: {kind: budget, density: 0.5, step_floor: 0.6}\n");
+    }),
+    case("anchors of other traces", BAD, &["9 anchor rows", "a frame of this geometry has 8 rows"], |f| {
+        f.spec("policy: {kind: budget, density: 0.5, anchors: 9}\n");
+    }),
+    case(
+        "evidence",
+        BAD,
+        &["the traces have no sensitivities; measure them with `calibc.sensitivity`", "`missing: warn`"],
+        |f| {
+            f.spec("policy: {kind: budget, density: 0.5, importance: energy, missing: error}\n");
+        },
+    ),
     case("head_dim", BAD, &["in/spec.yaml:1:", "96", "64 and 128"], |f| {
         f.spec("model: {layers: 2, heads: 2, head_dim: 96}\n");
     }),

@@ -442,7 +442,7 @@ pub struct BudgetSpec {
     pub density: f64,
     /// Share of its mean energy over the calibration prompts that every row of blocks keeps, from 0 to below 1. Its strongest block
     /// it keeps in any case.
-    #[serde(default, deserialize_with = "below_one")]
+    #[serde(default = "default_row_recall", deserialize_with = "below_one")]
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub row_recall: f64,
     /// Least density of any step, at most `density`; at `density` itself every step gets the same.
@@ -790,6 +790,10 @@ impl Default for ShareSpec {
 
 fn default_rho() -> f64 {
     0.5
+}
+
+fn default_row_recall() -> f64 {
+    Budget::ROW_RECALL
 }
 
 fn default_anchors() -> u16 {

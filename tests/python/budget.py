@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""calibc's policy `budget`, written from its definition with NumPy and the standard library alone.
+
+As `recipe.py` is for the paper's recipe: what calibc's masks are compared with, bit for bit, and no code is shared with it. It is
+literal rather than fast: all scores of all sites are in memory at once, and sorted.
+
+    budget.py TRACES -o masks.safetensors --density 0.45     the masks, in the format of `calibc export --masks`
+    recipe.py --compare A B                                  exit status 1 and a list if any tensor differs
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import recipe
+from recipe import ANCHOR_ROWS, BLOCK, BLOCK_SPARSE, DENSE
+
+# Prices that are tried: float32 numbers whose lower 16 bits are 0, from 0 up, beyond any score.
+GRID = 0x5000
+PRICES = (np.arange(GRID + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+# What stands for the scores from a price to the next.
+MIDDLES = np.concatenate([[0.0], (PRICES[1:-1] + PRICES[2:]) / 2.0])
+
+
+@dataclass
+class Policy:
+    """The fields of the spec."""
+
+    density: float
+    row_recall: float = 0.1
+    step_floor: float = 0.0
+    anchors: int = 5
+    importance: str = "deviation"
+    over_prompts: str = "mean"
+    step_weights: str = "sensitivity"
+    head_weights: str = "sensitivity"
+
+
+# --- Evidence.
+
+
+def together(values, over):
+    """One array for those of all prompts."""
+    total = np.zeros_like(values[0])
+    for value in values:
+        total = total + value if over == "mean" else np.maximum(total, value)
+    return total / len(values) if over == "mean" else total
+
+
+def weights(trace, policy):
+    """w [steps] and u [steps, layers, heads]."""
+    measured = None
+    if "sensitivity" in trace.manifest:
+        measured = recipe.read_safetensors(trace.folder / trace.manifest["sensitivity"]["path"])
+    w = np.ones(trace.steps)
+    if policy.step_weights == "sensitivity" and measured:
+        w = measured["step"].astype(np.float64)
+    elif policy.step_weights != "uniform":
+        w = np.array([math.exp(-2.3 * step / trace.steps) for step in range(trace.steps)])
+    u = np.ones((trace.steps, trace.layers, trace.heads))
+    if policy.head_weights == "sensitivity" and measured:
+        u = measured["head"].astype(np.float64)
+    return w, u
+
+
+def computed_queries(trace, anchors):
+    """How many queries a head at `anchors` anchor rows per frame computes."""
+    grid = [(f, y, x) for f in range(trace.frames) for y in range(trace.height) for x in range(trace.width)]
+    tf, th, tw = trace.tile
+    grid.sort(key=lambda at: (at[0] // tf, at[1] // th, at[2] // tw, at))
+    start = trace.text if trace.text_first else 0
+    position = {at: start + i for i, at in enumerate(grid)}
+    rows = [(2 * i + 1) * trace.height // (2 * anchors) for i in range(anchors)]
+    nearest = [min(rows, key=lambda row: abs(row - y)) for y in range(trace.height)]
+    text = set(trace.text_blocks())
+    in_text = {p for p in range(trace.tokens) if p // BLOCK in text}
+    return len(in_text | {position[f, nearest[y], x] for (f, y, x), p in position.items() if p not in in_text})
+
+
+class Evidence:
+    """What a trace says of every site of its covered steps."""
+
+    def __init__(self, trace, policy):
+        column = None
+        if policy.anchors in trace.manifest.get("anchor_counts", []):
+            column = trace.manifest["anchor_counts"].index(policy.anchors)
+        text = trace.text_blocks()
+        self.importance, self.forced, self.error = {}, {}, {}
+        shards = {step: [trace.shard(step, prompt) for prompt in trace.prompts] for step in trace.covered}
+        every = [shard for of_step in shards.values() for shard in of_step]
+        # Deviations count where every prompt has them, the ones held out too.
+        held = [trace.shard(*key) for key in trace.shards if key[1] not in trace.prompts]
+        layers = range(trace.layers)
+        known = all(f"layers.{layer}.block_deviation" in shard for shard in every + held for layer in layers)
+        deviation = policy.importance == "deviation" and known
+        for step in trace.covered:
+            for layer in layers:
+                read = lambda kind: [shard[f"layers.{layer}.{kind}"] for shard in shards[step]]
+                errors = None
+                if column is not None and all(f"layers.{layer}.anchor_error" in shard for shard in shards[step]):
+                    errors = [error[:, column].astype(np.float64) for error in read("anchor_error")]
+                energy, worth = read("block_energy"), read("block_deviation" if deviation else "block_energy")
+                for head in range(trace.heads):
+                    site = step, layer, head
+                    decoded = lambda tensors: [recipe.decode(tensor[head], trace.encoding) for tensor in tensors]
+                    value = decoded(worth) if deviation else [e * e for e in decoded(worth)]
+                    self.importance[site] = together(value, policy.over_prompts)
+                    # The strongest blocks that reach the floor; the strongest one in any case.
+                    floor = max(policy.row_recall, sys.float_info.min)
+                    forced = recipe.top_p(together(decoded(energy), "mean"), floor)
+                    forced[text, :] = True
+                    forced[:, text] = True
+                    self.forced[site] = forced
+                    if errors:
+                        squares = [np.array([error[head] * error[head]]) for error in errors]
+                        self.error[site] = float(together(squares, policy.over_prompts)[0])
+
+
+# --- The selection.
+
+
+def forms(scores, forced, relative, error, anchored_blocks):
+    """By price: the blocks that a site's mask keeps, and whether the site does better at anchor rows."""
+    free = scores[~forced]
+    counts = np.bincount(free.view(np.uint32) >> 16, minlength=GRID)[:GRID]
+    kept = int(forced.sum()) + np.concatenate([np.cumsum(counts[::-1])[::-1], [0]])
+    better = np.zeros(GRID + 1, bool)
+    if error is not None:
+        loss = np.concatenate([[0.0], np.cumsum(counts * MIDDLES)])
+        anchored = relative * (forced.shape[0] * error)
+        where = np.flatnonzero(anchored + PRICES * anchored_blocks < loss + PRICES * kept)
+        where = where[where > 0]
+        if where.size:
+            better[where[0] : where[-1] + 1] = True
+    return kept, better
+
+
+def lowest_price(cost, budget):
+    """The lowest price whose cost is within the budget, else the highest."""
+    within = [place for place in range(GRID + 1) if cost[place] <= budget]
+    return within[0] if within else GRID
+
+
+def select(trace, policy):
+    """All masks and ops of the plan, as tensors by name."""
+    evidence = Evidence(trace, policy)
+    w, u = weights(trace, policy)
+    weight = w[:, None, None] * u
+    relative = weight / weight.max()
+    rows, columns = next(iter(evidence.forced.values())).shape
+    blocks, heads = rows * columns, trace.layers * trace.heads
+    # Work in units that are whole for blocks and for anchor rows.
+    anchored_units = computed_queries(trace, policy.anchors) * blocks if policy.anchors else 0
+    sites = [(t, l, h) for t in range(trace.steps) for l in range(trace.layers) for h in range(trace.heads)]
+    source = {site: (trace.nearest_covered(site[0]), *site[1:]) for site in sites}
+
+    scores, better = {}, {}
+    cost = np.zeros((trace.steps, GRID + 1), object)
+    for site in sites:
+        forced = evidence.forced[source[site]]
+        scores[site] = (relative[site] * evidence.importance[source[site]]).astype(np.float32)
+        scores[site] = np.minimum(scores[site], np.uint32(0x3FFFFFFF).view(np.float32))
+        error = evidence.error.get(source[site]) if policy.anchors else None
+        kept, better[site] = forms(scores[site], forced, relative[site], error, anchored_units / trace.tokens)
+        cost[site[0]] += np.where(better[site], anchored_units, kept.astype(object) * trace.tokens)
+
+    # Prices: one for all steps, and one for each step that must be held up.
+    dense = heads * blocks * trace.tokens
+    budget = min(math.floor(policy.density * float(trace.steps * dense)), trace.steps * dense)
+    floor = min(math.ceil(policy.step_floor * float(dense)), dense)
+    held = set()
+    while True:
+        free = [step for step in range(trace.steps) if step not in held]
+        rest = max(budget - len(held) * floor, 0)
+        price = lowest_price(sum((cost[step] for step in free), np.zeros(GRID + 1, object)), rest)
+        below = [step for step in free if policy.step_floor > 0 and cost[step][price] < floor]
+        if not below:
+            break
+        held.update(below)
+    groups = [(free, price, rest, False)]
+    groups += [([step], lowest_price(cost[step], floor), floor, True) for step in sorted(held)]
+
+    tensors = {}
+    for step in range(trace.steps):
+        for layer in range(trace.layers):
+            tensors[f"s{step}.l{layer}"] = np.ones((trace.heads, rows, columns), np.uint8)
+            tensors[f"s{step}.l{layer}.op"] = np.full(trace.heads, DENSE, np.uint8)
+    for steps, price, units, up in groups:
+        inside = [site for site in sites if site[0] in steps]
+        masked = [site for site in inside if not better[site][price]]
+        forced = {site: evidence.forced[source[site]] for site in masked}
+        # What anchor rows and floors leave buys the best of the other blocks, equals in the order of sites, rows and columns.
+        left = units - (len(inside) - len(masked)) * anchored_units
+        left -= trace.tokens * sum(int(mask.sum()) for mask in forced.values())
+        wanted = max(-(-left // trace.tokens) if up else left // trace.tokens, 0)
+        free_scores = np.concatenate([scores[site][~forced[site]] for site in masked] or [np.zeros(0)])
+        keep = np.zeros(free_scores.size, bool)
+        keep[np.argsort(-free_scores, kind="stable")[:wanted]] = True
+        start = 0
+        for site in inside:
+            step, layer, head = site
+            if site not in forced:
+                tensors[f"s{step}.l{layer}.op"][head] = ANCHOR_ROWS
+                continue
+            mask = forced[site].copy()
+            end = start + int((~mask).sum())
+            mask[~mask] = keep[start:end]
+            start = end
+            if not mask.all():
+                tensors[f"s{step}.l{layer}.op"][head] = BLOCK_SPARSE
+                tensors[f"s{step}.l{layer}"][head] = mask
+    return tensors
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Masks of the policy `budget`, by NumPy.")
+    parser.add_argument("traces", help="a trace folder")
+    parser.add_argument("-o", "--output", required=True, help="the masks, as a safetensors file")
+    parser.add_argument("--density", type=float, required=True, help="share of the attention work")
+    parser.add_argument("--row-recall", type=float, default=0.1, help="share of its energy that every row keeps")
+    parser.add_argument("--step-floor", type=float, default=0.0, help="least density of any step")
+    parser.add_argument("--anchors", type=int, default=5, help="anchor rows per frame; 0: never use them")
+    parser.add_argument("--importance", choices=("deviation", "energy"), default="deviation")
+    parser.add_argument("--over-prompts", choices=("mean", "max"), default="mean")
+    parser.add_argument("--step-weights", choices=("sensitivity", "default", "uniform"), default="sensitivity")
+    parser.add_argument("--head-weights", choices=("sensitivity", "uniform"), default="sensitivity")
+    args = parser.parse_args(argv)
+    fields = {name: value for name, value in vars(args).items() if name not in ("traces", "output")}
+    tensors = select(recipe.Trace(args.traces), Policy(**fields))
+    recipe.write_safetensors(args.output, tensors)
+    ops = np.concatenate([ops for name, ops in tensors.items() if name.endswith(".op")])
+    dense, sparse, anchored = (int((ops == op).sum()) for op in (DENSE, BLOCK_SPARSE, ANCHOR_ROWS))
+    print(f"{ops.size} sites: {dense} dense, {sparse} block-sparse, {anchored} anchor rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

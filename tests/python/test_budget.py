@@ -1,0 +1,67 @@
+"""The reference of `budget` against values worked by hand, and calibc's masks against the reference."""
+
+import os
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+import budget
+import numpy as np
+import recipe
+
+TRACES = Path(__file__).resolve().parents[2] / "examples" / "traces"
+
+
+class ByHand(unittest.TestCase):
+    def test_prompts_together(self):
+        values = [np.array([1.0, 4.0]), np.array([3.0, 0.0])]
+        self.assertEqual(budget.together(values, "mean").tolist(), [2.0, 2.0])
+        self.assertEqual(budget.together(values, "max").tolist(), [3.0, 4.0])
+
+    def test_the_form_of_a_site_at_a_price(self):
+        # Two blocks stay anyway; of the others, at a price of 0.3 the two of 0.5 stay and the four of 0.125 go.
+        scores = np.array([[9, 0.5, 0.125, 0.125], [0.125, 0.125, 0.5, 9]], np.float32)
+        forced = scores > 1
+        place = int(np.searchsorted(budget.PRICES, 0.3))
+        kept, better = budget.forms(scores, forced, 1.0, None, 1.0)
+        self.assertEqual([kept[0], kept[place], kept[budget.GRID]], [8, 4, 2])
+        self.assertFalse(better.any())
+        # As a mask it costs 4 * 0.125 + 0.3 * 4 = 1.7; at anchor rows 2 * error + 0.3.
+        for error, wins in [(0.69, True), (0.71, False)]:
+            _, better = budget.forms(scores, forced, 1.0, error, 1.0)
+            self.assertEqual(bool(better[place]), wins)
+
+    def test_queries_at_anchor_rows(self):
+        trace = recipe.Trace(TRACES)
+        self.assertEqual(budget.computed_queries(trace, 5), 16 * 5 * 32)
+        trace.frames, trace.height, trace.width, trace.video, trace.text = 1, 4, 64, 256, 10
+        # A text block of its own: its 10 tokens, and one anchor row of two.
+        self.assertEqual(budget.computed_queries(trace, 2), 2 * 64 + 10)
+
+    def test_a_plan_of_its_density(self):
+        trace = recipe.Trace(TRACES)
+        tensors = budget.select(trace, budget.Policy(0.3, anchors=0))
+        kept = sum(int(masks.sum()) for name, masks in tensors.items() if not name.endswith(".op"))
+        self.assertEqual(kept, int(0.3 * 20 * 8 * 4 * 128 * 128))
+
+
+@unittest.skipUnless("CALIBC_BIN" in os.environ, "CALIBC_BIN does not name a calibc to compare with")
+class AgainstCalibc(unittest.TestCase):
+    def test_masks_are_equal_bit_for_bit(self):
+        calibc = os.environ["CALIBC_BIN"]
+        for density, more in [(0.45, {}), (0.3, {"step_floor": 0.25, "row_recall": 0.3, "anchors": 0})]:
+            with self.subTest(density=density), tempfile.TemporaryDirectory() as folder:
+                spec, bundle, masks, wanted = (os.path.join(folder, name) for name in ("spec", "bundle", "masks", "wanted"))
+                fields = {"density": density, **more}
+                words = ", ".join(f"{name}: {'off' if name == 'anchors' else value}" for name, value in fields.items())
+                Path(spec).write_text(f"policy: {{kind: budget, {words}}}\n", "utf-8")
+                subprocess.run([calibc, "compile", TRACES, "-o", bundle, "--spec", spec, "-q"], check=True)
+                subprocess.run([calibc, "export", bundle, "--masks", masks, "-q"], check=True)
+                options = [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+                self.assertEqual(budget.main([str(TRACES), "-o", wanted, *options]), 0)
+                self.assertEqual(recipe.main(["--compare", masks, wanted]), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
