@@ -4,6 +4,7 @@
 
     with calibc.capture(pipe, "traces/"):                    # a diffusers pipeline, or its transformer
         pipe(prompt)
+    calibc.sensitivity(pipe, "traces/", run=generate)        # what errors cost, for the policy `budget`
     calibc.compile("traces/", out="plan.bundle")             # what the command `calibc compile` does
     handle = calibc.apply_sparse_attention(pipe, calibc.SparseAttentionConfig("plan.bundle"))
 

@@ -493,6 +493,44 @@ class Results(unittest.TestCase):
                 self.assertLess(float((got.head / want.head).log2().abs().max()), 0.4, kind)
                 self.assertLess(float((got.step / want.step).log2().abs().max()), 0.2, kind)
 
+    def test_two_experts(self) -> None:
+        """A pipeline whose later steps run another transformer, under a guidance of its own."""
+
+        class Pipe:
+            guidance_scale = 2.0
+            _guidance_scale_2 = 5.0
+
+            def __init__(self, *experts: Any) -> None:
+                self.transformer, self.transformer_2 = experts
+
+            def __call__(self, **arguments: Any) -> Any:
+                early = float(arguments["timestep"]) > 800
+                return (self.transformer if early else self.transformer_2)(**arguments)
+
+        model = wan()
+        other = wan()
+        with torch.no_grad():
+            other.module.proj_out.weight *= 2
+        pipe: Any = Pipe(model.module, other.module)
+        run = sampler(dataclasses.replace(model, module=pipe))
+        with folder() as path, quiet():
+            config = CaptureConfig(sigmas=SIGMAS, anchors=(), rows_per_block=16)
+            with capture(pipe, path / "t", config) as cap, cap.prompt("a"):
+                run()
+            both = SensitivityConfig(steps=[0, 1], projections=1)
+            said, first, second = (
+                sensitivity(pipe, path / "t", run, dataclasses.replace(both, guidance_scale=scale))
+                for scale in (None, 2.0, 5.0)
+            )
+            self.assertTrue(torch.equal(said.head[0], first.head[0]) and torch.equal(said.head[1], second.head[1]))
+            self.assertFalse(torch.equal(first.head[0], second.head[0]) or torch.equal(first.head[1], second.head[1]))
+            self.assertTrue(
+                torch.equal(said.step[:1], first.step[:1]) and torch.equal(said.step[1:2], second.step[1:2])
+            )
+            # The same first pass, by the same model alone.
+            alone = sensitivity(model.module, path / "t", sampler(model), dataclasses.replace(both, guidance_scale=2.0))
+            self.assertTrue(torch.equal(alone.head[0], first.head[0]))
+
     def test_compiled_blocks(self) -> None:
         with setup() as (model, path):
             config = dataclasses.replace(QUICK, projections=1)

@@ -21,11 +21,13 @@ and without what errors of several blocks have in common, as the loss is. u by `
 low, block by block at random, and velocities are compared; 2 x layers x heads passes per step and draw, for small models and for checks.
 
 With guidance a plan's masks serve both branches, and its errors are alike in both: they are added as guidance adds the branches,
-u + s (c - u), before they are squared.
+u + s (c - u), before they are squared. "Velocity" is whatever the model predicts; what samplers do beyond this sum, such as rescaling
+guidance, is in w.
 
 Memory of `gradient`: the weights, the input of every block ([tokens, width] each, in the model's type), and one block's activations
-with their gradients; parameters get none. Wan 14B at 75,600 tokens: 28 + 31 GB, and some 15 GB. Time: per measured step, projection and
-branch about four forward passes; per generation, one as it is and half of one for each measured step.
+with their gradients; parameters get none. Wan 14B at 75,600 tokens: 28 + 31 GB, and some 25 GB by estimate. Time: per measured step,
+projection and branch about four forward passes and the statistics; per prompt, a generation as it is and half of one for each measured
+step.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from calibc.adapters.schedule import attached
 from calibc.apply import _HOOK as _SPARSE_HOOK
 from calibc.capturing import _HOOK as _CAPTURE_HOOK
 from calibc.errors import BadInput, Usage
-from calibc.sensitivities.errors import Span
+from calibc.sensitivities.errors import Span, normal
 from calibc.sensitivities.heads import HeadErrors
 from calibc.sensitivities.runs import Follower, Pass, by_branch, guided
 from calibc.statistics import Geometry
@@ -140,7 +142,8 @@ def sensitivity(
 
     Args:
         target: A pipeline of diffusers, or a transformer with an adapter.
-        traces: A finished trace of the same model, size and schedule. It gets `sensitivity.safetensors`, or a new one, at the end.
+        traces: A finished trace of the same model, size and schedule. It gets `sensitivity.safetensors`, or a new one, at the end. One
+            process measures and writes.
         run: Generates once, start to end, and returns the final latents: a tensor, or an output whose `frames` is one. Every call must
             give the same latents. A sampler of your own serves as well as a pipeline: it calls the transformer once per step and branch,
             the conditional one first (or named by `transformer.cache_context`). A sequence of such functions, one per prompt, is
@@ -166,8 +169,8 @@ def sensitivity(
     follower = Follower(target, modules, trace, config.guidance_scale)
     geometry = _checked(follower, trace)
     steps = config.chosen(len(trace.sigmas))
-    by_step = torch.zeros(len(steps), dtype=torch.float64)
-    by_head = torch.zeros(len(steps), trace.layers, trace.heads, dtype=torch.float64)
+    by_step = torch.zeros(len(steps), dtype=torch.float64, device="cpu")
+    by_head = torch.zeros(len(steps), trace.layers, trace.heads, dtype=torch.float64, device="cpu")
     for number, each in enumerate(runs):
         with _Bar(f"prompt {number + 1}/{len(runs)}", config.progress) as bar:
             bar.say("generating")
@@ -247,7 +250,7 @@ def _of_step(
     right = by_branch(passes, [each.velocity for each in passes])
     size = float(next(iter(right.values())).square().mean().sqrt()) * config.velocity_noise * steps**0.5
     seed = _native.capture_seed(f"{config.seed}/{number}/velocity", step, "", 0) & (2**63 - 1)
-    error = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
+    error = normal(shape, seed) * size
     wrong = by_branch(passes, follower.wrong_velocities(step, error))
     # As it is after rounding, which guidance blows up.
     apart = {branch: velocity - right[branch] for branch, velocity in wrong.items()}
@@ -266,7 +269,7 @@ def _of_step(
 def _interpolated(values: Tensor, steps: Sequence[int], count: int) -> Tensor:
     """[len(steps), ...] at some steps as [count, ...] at all, float32: straight lines in the logarithm, level beyond the ends."""
     logs = values.clamp_min(torch.finfo(torch.float32).tiny).log()
-    result = torch.empty((count, *values.shape[1:]), dtype=torch.float64)
+    result = torch.empty((count, *values.shape[1:]), dtype=torch.float64, device="cpu")
     for step in range(count):
         after = next((i for i, at in enumerate(steps) if at >= step), len(steps) - 1)
         before = after if steps[after] <= step else max(after - 1, 0)

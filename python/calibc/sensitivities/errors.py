@@ -14,7 +14,7 @@ Only blocks that a plan may drop take part: those without text, as rows and as c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,11 @@ class Span:
     def tokens(self, length: int) -> slice:
         """Their tokens, of a sequence of so many."""
         return slice(self.first * BLOCK, min(self.last * BLOCK, length))
+
+
+def normal(shape: Sequence[int], seed: int) -> Tensor:
+    """Independent normal values: float32 in CPU memory, the same ones for all devices."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 def signs(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
@@ -204,4 +209,13 @@ def relative_error(out: Tensor, wrong: Tensor, span: Span) -> float:
     return float((squares / norms.clamp_min(1e-30)).sum())
 
 
-__all__ = ["Span", "block_error", "block_responses", "noise_error", "noise_responses", "relative_error", "signs"]
+__all__ = [
+    "Span",
+    "block_error",
+    "block_responses",
+    "noise_error",
+    "noise_responses",
+    "normal",
+    "relative_error",
+    "signs",
+]

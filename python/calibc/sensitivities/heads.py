@@ -144,7 +144,7 @@ class HeadErrors:
         Hutchinson's estimator: for z of independent normal values, E <z, J d>^2 = |J d|^2, and <z, J d> = <J' z, d> for all heads
         and directions d comes of one backward pass. Branches share a plan's masks, so their errors add up before they are squared.
         """
-        above, below = (torch.zeros(len(self._attentions), self.adapter.heads, dtype=torch.float64) for _ in range(2))
+        above, below = self._zeros(), self._zeros()
         for draw in range(projections):
             responses: dict[str, Tensor] = {}
             units: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class HeadErrors:
         little noise: <v1(d) - v1(0), v2(0) - v2(-d)> = |J d|^2, and rounding, which is another one in each, falls out.
         """
         right = [[self._guided(passes, None, draw, 0.0, side)[0] for side in range(2)] for draw in range(draws)]
-        above, below = (torch.zeros(len(self._attentions), self.adapter.heads, dtype=torch.float64) for _ in range(2))
+        above, below = self._zeros(), self._zeros()
         for layer, head in itertools.product(range(len(self._attentions)), range(self.adapter.heads)):
             for draw in range(draws):
                 plus, minus = (
@@ -200,7 +200,7 @@ class HeadErrors:
     def _answer(self, each: Pass, draw: int, responses: dict[str, Tensor], units: dict[str, Tensor]) -> None:
         """Answers [layers, H, rows, directions] of a pass to one random z, and their units [layers, H]; both by branch."""
         seed = self._draw("z", each.step, 0, draw)
-        z = torch.randn(each.velocity.shape[1:], generator=torch.Generator().manual_seed(seed))
+        z = errors.normal(each.velocity.shape[1:], seed)
         found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
         def sink(attention: _Attention, gradient: Tensor) -> None:
@@ -276,8 +276,9 @@ class HeadErrors:
         a = attention
         if self._kind == "noise":
             return errors.noise_responses(a.out, gradient, self._draw("noise", step, a.layer, draw), self._span)
-        generator = torch.Generator().manual_seed(self._draw("rows", step, a.layer, draw))
-        rows = self._span.first + _strata(self._span.count, self._row_blocks, generator)
+        generator = torch.Generator("cpu").manual_seed(self._draw("rows", step, a.layer, draw))
+        with torch.device("cpu"):
+            rows = self._span.first + _strata(self._span.count, self._row_blocks, generator)
         return errors.block_responses(a.q, a.k, a.v, gradient, a.scale, rows.to(a.q.device), self._span)
 
     def _wrong(self, attention: _Attention, head: int, size: float, step: int, draw: int) -> tuple[Tensor, float]:
@@ -291,6 +292,10 @@ class HeadErrors:
         wrong[head] = (a.out[head].float() + error).to(a.out.dtype)
         # As it is after rounding.
         return wrong, errors.relative_error(a.out[head], wrong[head], self._span)
+
+    def _zeros(self) -> Tensor:
+        """float64 [layers, heads] in CPU memory."""
+        return torch.zeros(len(self._attentions), self.adapter.heads, dtype=torch.float64, device="cpu")
 
     def _draw(self, what: str, step: int, layer: int, draw: int) -> int:
         """A seed. Branches have the same: they share the masks, and so the errors."""

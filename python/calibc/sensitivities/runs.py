@@ -16,6 +16,7 @@ from calibc.adapters import Adapter, Call, adapter_of
 from calibc.adapters.hunyuan_video import HunyuanVideo
 from calibc.adapters.schedule import ContextHook, Progress, Timesteps, attach, capturing, detach
 from calibc.errors import BadInput, Usage
+from calibc.sensitivities.errors import normal
 
 _HOOK = "calibc_sensitivity"
 # Noise on latents, relative, that makes rounding another one in all layers: some units of bfloat16's last place.
@@ -54,7 +55,7 @@ class Pass:
         args, kwargs = self.arguments
         if dither is not None:
             latents = adapter.bind(args, kwargs).latents
-            noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(dither))
+            noise = normal(latents.shape[1:], dither)
             size = latents.float().square().mean().sqrt() * _DITHER
             moved = (latents.float() + noise.to(latents.device) * size).to(latents.dtype)
             args, kwargs = pytree.tree_map(lambda x: moved if x is latents else x, (args, kwargs))
