@@ -17,6 +17,9 @@ stay alive for as long as a site of it is used, or a graph that captured one is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,7 +67,6 @@ def _ordinal(device: torch.device | str | int | None) -> int:
     return torch.cuda.current_device() if named.index is None else named.index
 
 
-@torch.library.custom_op("calibc::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> Tensor:
     """Attention by the ops that the plan has for one layer at one step.
 
@@ -79,16 +81,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale
     Returns:
         [B, H, S_q, D], in the memory order of q.
     """
+    if _wants_gradients(q, k, v):
+        return _Inference.apply(_ATTENTION, q, k, v, site, step, scale)
+    return _ATTENTION(q, k, v, site, step, scale)
+
+
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the natural logarithm of each query's sum of exponentials: float32 [B, H, S_q]."""
+    if _wants_gradients(q, k, v):
+        return _Inference.apply(_ATTENTION_LSE, q, k, v, site, step, scale)
+    return _ATTENTION_LSE(q, k, v, site, step, scale)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> Tensor:
     out = torch.empty_like(q)
     _run(q, k, v, out, None, site, step, scale)
     return out
 
 
-@torch.library.custom_op("calibc::attention_lse", mutates_args=())
-def attention_lse(
+def _attention_lse(
     q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and the natural logarithm of each query's sum of exponentials: float32 [B, H, S_q]."""
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _run(q, k, v, out, lse, site, step, scale)
@@ -146,26 +161,51 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     torch._check(q.dtype == k.dtype == v.dtype, lambda: f"q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}")
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> Tensor:
     _check(q, k, v)
     return torch.empty_like(q)
 
 
-@attention_lse.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def _attention_lse_fake(
+    q: Tensor, k: Tensor, v: Tensor, site: Tensor, step: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     _check(q, k, v)
     return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-def _no_backward(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "calibc attention is for inference and has no backward; call the model under torch.no_grad() or inference_mode(), "
-        "or remove the sparse attention before training"
-    )
+def _wants_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-attention.register_autograd(_no_backward)
-attention_lse.register_autograd(_no_backward)
+class _Inference(torch.autograd.Function):
+    """A call without a backward, for tensors that want gradients."""
+
+    @staticmethod
+    def forward(ctx: object, op: Callable[..., Any], *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            "calibc attention is for inference and has no backward; call the model under torch.no_grad() or inference_mode(), "
+            "or remove the sparse attention before training"
+        )
+
+
+# Defined by hand: what `torch.library.custom_op` puts around a function, and around its autograd, takes longer per call than all
+# that the function does. Strides are part of the contract: `out` has those of q.
+_LIBRARY = torch.library.Library("calibc", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order))
+_ARGS = "(Tensor q, Tensor k, Tensor v, Tensor site, Tensor step, float? scale=None)"
+for _name, _results, _body, _fake in (
+    ("attention", "Tensor", _attention, _attention_fake),
+    ("attention_lse", "(Tensor, Tensor)", _attention_lse, _attention_lse_fake),
+):
+    _LIBRARY.define(f"{_name}{_ARGS} -> {_results}", tags=_TAGS)
+    # For every device: which ones there are kernels for, the function says better than the dispatcher.
+    _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"calibc::{_name}", _fake, lib=_LIBRARY)
+_ATTENTION = torch.ops.calibc.attention.default
+_ATTENTION_LSE = torch.ops.calibc.attention_lse.default
 
 __all__ = ["attention", "attention_lse", "enter", "load", "site"]
