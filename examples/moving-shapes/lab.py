@@ -40,7 +40,8 @@ import traces
 PROMPTS = (10, 2)
 # Seeds of the prompts: those that are generated are others than those that plans are made from.
 CALIBRATION_SEED, EVALUATION_SEED = 100, 200
-REFERENCE = "calibatt"
+# What the others of a density are compared with: the first of these that there is.
+REFERENCES = ("calibatt", "anchors by cosine")
 
 
 @dataclasses.dataclass
@@ -84,6 +85,7 @@ class Lab:
         self.args = args
         self.device = torch.device(args.device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.began = time.perf_counter()
         self.phases = Phases()
         with self.phases("load"):
             self.transformer = models.load(args.weights, dtype).to(self.device)
@@ -130,7 +132,9 @@ class Lab:
         """w and u of the calibration prompts, written beside the traces."""
         ids, seeds = calibration(self.args)
         runs = [lambda i=i: self.one(ids[i], seeds[i]) for i in range(self.args.sensitivity_prompts)]
-        config = calibc.SensitivityConfig(method=method, guidance_scale=sampler.GUIDANCE, progress=False)
+        config = calibc.SensitivityConfig(
+            method=method, guidance_scale=sampler.GUIDANCE, steps=self.args.sensitivity_steps, progress=False
+        )
         return calibc.sensitivity(self.transformer, folder, run=runs, config=config)
 
     # Generation.
@@ -159,7 +163,7 @@ class Lab:
         """Attention of one video on the GPU: all steps and layers, twice; of torch's dense attention without a bundle."""
         if self.device.type != "cuda":
             return None
-        batch = min(self.args.batch, self.args.videos)
+        batch = min(8, self.args.batch)
         config = self.transformer.config
         shape = (batch, self.grid.tokens, config.num_attention_heads, config.attention_head_dim)
         generator = torch.Generator(self.device).manual_seed(0)
@@ -181,11 +185,12 @@ class Lab:
 
         if bundle is not None:
             ops.load(bundle, self.device)
-        once(0)
         total = 0.0
         for at in range(self.args.steps):
             if bundle is not None:
                 ops.enter(bundle, at, self.device)
+            # The first one waits for the step's masks to be there.
+            once(at)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             once(at)
@@ -194,7 +199,7 @@ class Lab:
             total += begin.elapsed_time(end)
         return total * 2 / batch
 
-    def judge(self, name: str, wanted: float, bundle: calibc.Bundle, dense: Tensor) -> Row:
+    def judge(self, name: str, wanted: float, bundle: calibc.Bundle, dense: Tensor) -> None:
         """Generates all videos on a bundle and compares them."""
         every = list(range(self.args.videos))
         with self.phases("generate"):
@@ -212,9 +217,14 @@ class Lab:
                 *(f(videos, dense).tolist() for f in (metrics.psnr, metrics.ssim)),
             )
         self.kept[name, wanted] = videos.half().cpu()
+        self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Keeps a row, in the file too: a run that is killed leaves what it has."""
         self.rows.append(row)
-        print(f"{name} at {wanted}: density {density:.4f}, {mean(row.psnr):.2f} dB", flush=True)
-        return row
+        print(f"{row.policy} at {row.wanted}: density {row.density:.4f}, {mean(row.psnr):.2f} dB", flush=True)
+        if self.args.json is not None:
+            self.args.json.write_text(json.dumps(self.record(), indent=1) + "\n")
 
     # The whole.
 
@@ -248,32 +258,39 @@ class Lab:
             self.dense_ms = self.attention_ms(None)
         self.kept["dense", 1.0] = dense.half().cpu()
         print(f"dense: {args.videos} videos in {self.dense_s:.1f} s", flush=True)
-        jobs: list[tuple[str, float, Callable[[], calibc.Bundle]]] = [
-            (
-                "all blocks",
-                1.0,
-                lambda: self.job.explicit(
-                    "all", torch.ones(*self.job.sites, *[self.grid.blocks] * 2, dtype=torch.bool)
-                ),
-            )
-        ]
+        jobs: list[tuple[str, float, Callable[[], calibc.Bundle]]] = [("all blocks", 1.0, self.all_blocks)]
         jobs += [(name, density, lambda bundle=bundle: bundle) for name, density, bundle in early]
         for density in args.densities:
             for name, make in chosen.items():
                 jobs.append((name, density, lambda m=make, n=name, d=density: m(self.job, f"{n}-{d}", d)))
+        jobs += self.anchor_jobs()
         for name, make in ingredients.items():
             density = args.ingredients_density
             jobs.append((name, density, lambda m=make, n=name, d=density: m(self.job, f"{n}-{d}", d)))
-        jobs += self.anchor_jobs()
-        # Hosts compile the next plans while the GPU generates.
+        # The CPU compiles the next plans while the GPU generates.
         with ThreadPoolExecutor(args.workers) as pool:
             bundles = [pool.submit(make) for _, _, make in jobs]
             for (name, density, _), bundle in zip(jobs, bundles, strict=True):
+                if self.late(f"{name} at {density}"):
+                    pool.shutdown(cancel_futures=True)
+                    break
                 with self.phases("wait for compile"):
                     made = bundle.result()
                 self.judge(name, density, made, dense)
-        if args.oracle:
+        if args.oracle and not self.late("the oracle"):
             self.oracle(dense)
+
+    def late(self, what: str) -> bool:
+        """Whether there is no time left for something."""
+        late = self.args.time_limit is not None and time.perf_counter() - self.began > self.args.time_limit
+        if late:
+            print(f"out of time: {what} and what would follow is left out", flush=True)
+        return late
+
+    def all_blocks(self) -> calibc.Bundle:
+        """A plan that drops nothing: what calibc's kernels and torch's differ by."""
+        blocks = self.grid.blocks
+        return self.job.explicit("all", torch.ones(1, dtype=torch.bool).expand(*self.job.sites, blocks, blocks))
 
     def sensitivities(self, trace: pathlib.Path) -> list[tuple[str, float, calibc.Bundle]]:
         """Measures them; bundles of `budget` made from the exact ones, where those are to be compared."""
@@ -286,6 +303,8 @@ class Lab:
                     early.append(("budget, exact u", density, policies.budget(self.job, f"exact-{density}", density)))
         with self.phases("sensitivity"):
             self.sensitivity = self.measure_sensitivity(trace, "gradient")
+            if self.args.example_traces is not None:
+                self.sensitivity.write(self.args.example_traces)
         if self.args.exact:
             at = list(exact.measured)
             self.rank_correlation = spearman(
@@ -323,7 +342,7 @@ class Lab:
             psnr: list[float | None] = [None] * args.videos
             ssim: list[float | None] = [None] * args.videos
             densities, seconds = [], 0.0
-            policy = {"kind": "budget", "density": density, "anchors": "off"}
+            policy = policies.BUDGET | {"density": density}
             for prompt in first:
                 with self.phases("oracle: compile"):
                     name, folder = f"oracle-{density}-{prompt}", self.folder / "oracle" / f"p{prompt:03}"
@@ -340,25 +359,23 @@ class Lab:
                     strict=True,
                 ):
                     psnr[v], ssim[v] = a, b
-            row = Row("oracle", density, statistics.mean(densities), None, seconds, math.nan, psnr, ssim)
-            self.rows.append(row)
+            self.add(Row("oracle", density, statistics.mean(densities), None, seconds, math.nan, psnr, ssim))
 
     # Results.
 
     def table(self) -> str:
         """One line per policy and density."""
-        lines = []
+        lines: list[str] = []
         for wanted in sorted({row.wanted for row in self.rows}, reverse=True):
             rows = [row for row in self.rows if row.wanted == wanted]
-            reference = next((row for row in rows if row.policy == REFERENCE), None)
-            lines += [
-                "",
-                f"{'policy':22} density  attention  recall    PSNR    SSIM   PSNR - {REFERENCE}    SSIM - {REFERENCE}",
-            ]
+            reference = self.reference(rows[0])
+            against = "" if reference is None else f"   PSNR - {reference.policy}    SSIM - {reference.policy}"
+            lines += ["", f"{'policy':22} density  attention  recall    PSNR    SSIM{against}"]
             for row in sorted(rows, key=lambda row: -mean(row.psnr)):
-                time_ms = "       -" if row.attention_ms is None else f"{row.attention_ms:6.2f} ms"
-                recall = "     -" if math.isnan(row.recall) else f"{row.recall:6.3f}"
-                line = f"{row.policy:22} {row.density:7.4f}  {time_ms:>9}  {recall}  {mean(row.psnr):6.2f}  {mean(row.ssim):6.4f}"
+                attention = "-" if row.attention_ms is None else f"{row.attention_ms:.2f} ms"
+                recall = "-" if math.isnan(row.recall) else f"{row.recall:.3f}"
+                line = f"{row.policy:22} {row.density:7.4f} {attention:>10}  {recall:>6}"
+                line += f"  {mean(row.psnr):6.2f}  {mean(row.ssim):6.4f}"
                 if reference is not None and row is not reference:
                     more, error, wins, of = self.difference(row, reference, "psnr")
                     line += f"   {more:+.2f} +- {error:.2f} ({wins}/{of})"
@@ -369,6 +386,11 @@ class Lab:
         if self.dense_ms is not None:
             dense += f", attention {self.dense_ms:.2f} ms a video"
         return "\n".join([*lines, "", dense])
+
+    def reference(self, row: Row) -> Row | None:
+        """What a row is compared with, if there is something of its density."""
+        same = {other.policy: other for other in self.rows if other.wanted == row.wanted}
+        return next((same[name] for name in REFERENCES if name in same), None)
 
     def difference(self, row: Row, reference: Row, what: str) -> tuple[float, float, int, int]:
         """Mean paired difference over the videos that both have, its standard error, wins, and of how many."""
@@ -386,10 +408,11 @@ class Lab:
         for row in self.rows:
             line = dataclasses.asdict(row)
             line["psnr_mean"], line["ssim_mean"] = mean(row.psnr), mean(row.ssim)
-            for other in self.rows:
-                if other.policy == REFERENCE and other.wanted == row.wanted and other is not row:
-                    for what in ("psnr", "ssim"):
-                        line[f"{what}_minus_{REFERENCE}"] = self.difference(row, other, what)
+            reference = self.reference(row)
+            line["reference"] = None if reference is None else reference.policy
+            for what in ("psnr", "ssim"):
+                # Mean, standard error, videos that are better, videos.
+                line[f"{what}_difference"] = reference and self.difference(row, reference, what)
             rows.append(line)
         return {
             "schema_version": 1,
@@ -404,7 +427,7 @@ class Lab:
             "rank_correlation_u": getattr(self, "rank_correlation", None),
             "sensitivity_step": None if self.sensitivity is None else torch.as_tensor(self.sensitivity.step).tolist(),
             "phases_s": {name: round(seconds, 2) for name, seconds in self.phases.seconds.items()},
-            "rows": [{k: tidy(v) for k, v in row.items()} for row in rows],
+            "rows": tidy(rows),
         }
 
     def picture(self, path: pathlib.Path, policy: str) -> str:
@@ -446,6 +469,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def tidy(value: Any) -> Any:
     """JSON has no numbers that are none."""
+    if isinstance(value, dict):
+        return {key: tidy(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [tidy(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -474,6 +501,7 @@ def main() -> None:
     )
     parser.add_argument("--exact", action="store_true", help="also measure sensitivities head by head, and compare")
     parser.add_argument("--sensitivity-prompts", type=int, default=2)
+    parser.add_argument("--sensitivity-steps", type=int, default=6)
     parser.add_argument("--rows-per-block", type=int, default=128)
     parser.add_argument("--steps", type=int, default=sampler.STEPS)
     parser.add_argument("--arch", nargs="+", default=["sm_90a"], help="GPU architectures to compile for")
@@ -484,6 +512,7 @@ def main() -> None:
     parser.add_argument(
         "--example-traces", type=pathlib.Path, help="folder for a small trace: three prompts, two steps"
     )
+    parser.add_argument("--time-limit", type=float, help="seconds after which no further policy is begun")
     parser.add_argument("--tiny", action="store_true", help="tiny videos, for a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -500,8 +529,6 @@ def main() -> None:
         print(f"{args.picture}: {lab.picture(args.picture, args.picture_policy)}")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in lab.phases.seconds.items())
     print(f"{phases}; {sum(lab.phases.seconds.values()):.1f} s in all")
-    if args.json is not None:
-        args.json.write_text(json.dumps(lab.record(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

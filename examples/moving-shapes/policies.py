@@ -23,7 +23,7 @@ import baselines
 import traces
 
 ANCHORS = 5
-# Bisections of calibatt end this near to the density that was asked for.
+# A bisection ends this near to the density that was asked for.
 _CLOSE = 0.0015
 
 
@@ -78,24 +78,31 @@ def masks_of(bundle: calibc.Bundle, blocks: int) -> Tensor:
     return flat.view(bundle.steps, bundle.layers, bundle.heads, blocks, blocks)
 
 
+BUDGET = {"kind": "budget", "anchors": "off", "missing": "error"}
+"""`budget` as a spec spells it: masks alone, from all that a trace can hold."""
+
+
 def budget(job: Job, name: str, density: float, **fields: Any) -> calibc.Bundle:
     """calibc's `budget`, masks alone unless `anchors` says otherwise."""
-    return job.compile(name, {"kind": "budget", "density": density, "anchors": "off", **fields})
+    return job.compile(name, BUDGET | {"density": density} | fields)
 
 
 def calibatt(job: Job, name: str, density: float, repetition: Any = "off") -> calibc.Bundle:
     """The paper's recipe; its constant A is bisected until the plan has the density."""
-    low, high, bundle = 0.0, 1.0, None
-    for _ in range(16):
+    low, high = 0.0, 1.0
+    best: tuple[float, calibc.Bundle] | None = None
+    for _ in range(12):
         level = (low + high) / 2
         schedule = {"a_base": level, "a_per_token": 0.0, "c": max(level, 0.99), "k": 16.0}
         bundle = job.compile(name, {"kind": "calibatt", "schedule": schedule, "repetition": repetition})
         off = density_of(bundle) - density
+        if best is None or abs(off) < best[0]:
+            best = abs(off), bundle
         if abs(off) < _CLOSE:
             break
         low, high = (level, high) if off < 0 else (low, level)
-    assert bundle is not None, "bisected at least once"
-    return bundle
+    assert best is not None, "bisected at least once"
+    return best[1]
 
 
 def geometric(order: Callable[[baselines.Grid], Tensor]) -> Callable[[Job, str, float], calibc.Bundle]:

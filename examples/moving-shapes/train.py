@@ -68,13 +68,19 @@ STAGES = (
 TINY = (Stage(2, 16, 4, 2.0, 0.3, 1e-3), Stage(4, 16, 4, 3.0, 0.6, 1e-3), Stage(4, 32, 2, 4.0, 1.0, 1e-3))
 
 
+def later(stages: tuple[Stage, ...], first: int) -> tuple[Stage, ...]:
+    """The stages from the `first` on, with the whole time to themselves."""
+    gone = stages[first - 1].until if first else 0.0
+    return tuple(dataclasses.replace(stage, until=(stage.until - gone) / (1 - gone)) for stage in stages[first:])
+
+
 class Trainer:
     """Model, average and optimizer, and what happened so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = torch.device(args.device)
-        self.stages = TINY if args.tiny else STAGES
+        self.stages = later(TINY if args.tiny else STAGES, args.first_stage)
         self.model = models.build(args.seed).to(self.device)
         if args.init is not None:
             self.model.load_state_dict(models.load(args.init, torch.float32).state_dict())
@@ -138,7 +144,7 @@ class Trainer:
         stage = self.stages[at]
         if at + 1 < len(self.stages):
             return stage.rate
-        begin = self.stages[at - 1].until
+        begin = self.stages[at - 1].until if at else 0.0
         done = min(max((share - begin) / (1 - begin), 0.0), 1.0)
         return stage.rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -306,6 +312,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=pathlib.Path, help="file for the whole state, kept up to date")
     parser.add_argument("--resume", type=pathlib.Path, help="such a file")
     parser.add_argument("--init", type=pathlib.Path, help="folder of weights to begin with")
+    parser.add_argument(
+        "--first-stage", type=int, choices=range(len(STAGES)), default=0, help="leave earlier stages out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     parser.add_argument("--sdpa", choices=sorted(BACKENDS), default="flash")
