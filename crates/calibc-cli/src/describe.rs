@@ -109,8 +109,7 @@ pub(crate) fn budget(report: &Value) -> String {
     let number = |at: &str| report.pointer(at).and_then(Value::as_f64);
     let whole = |at: &str| report.pointer(at).and_then(Value::as_u64);
     let Some(target) = number("/budget/target") else { return loss(report) };
-    let mut text =
-        format!("budget    {target} of the work, {:.3} of it floors", number("/budget/floor").unwrap_or(0.0));
+    let mut text = format!("budget    {target} asked for, floors take {:.3}", number("/budget/floor").unwrap_or(0.0));
     if let (Some(anchors), Some(sites)) = (whole("/budget/anchors"), whole("/budget/anchor_sites")) {
         text += &format!(", {} at {anchors} anchor rows per frame", count(sites, "site"));
     }
@@ -134,7 +133,9 @@ fn loss(report: &Value) -> String {
     let number = |at: &str| report.pointer(at).and_then(Value::as_f64);
     let word = |at: &str| report.pointer(at).and_then(Value::as_str).unwrap_or("?");
     let Some(loss) = number("/overall/loss") else { return String::new() };
-    let mut text = format!("loss      {loss:.4} predicted");
+    // The unit is that of the weights, and any size is possible.
+    let loss = if (0.1..1e6).contains(&loss) { format!("{loss:.4}") } else { format!("{loss:.3e}") };
+    let mut text = format!("loss      {loss} predicted");
     // Every step has its threshold; they differ only where a floor of steps holds.
     let thresholds = report.pointer("/budget/thresholds").and_then(Value::as_array);
     let values: Vec<f64> = thresholds.into_iter().flatten().filter_map(Value::as_f64).collect();

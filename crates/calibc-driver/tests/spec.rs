@@ -190,6 +190,18 @@ fn presets_have_the_geometries_of_their_models() {
     insta::assert_snapshot!("presets", lines.join("\n"));
 }
 
+/// What the page on policies shows can be compiled.
+#[test]
+fn specs_of_the_docs_are_specs() {
+    let page = include_str!("../../../docs/policy.md");
+    let specs: Vec<&str> = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert_eq!(specs.len(), 2);
+    for text in specs {
+        let policy = parse(text).unwrap_or_else(|e| panic!("{e}: {text}")).policy;
+        assert!(matches!(policy, PolicySpec::Budget(_)), "{text}");
+    }
+}
+
 #[test]
 fn schema_is_the_one_reviewed() {
     insta::assert_snapshot!("schema", serde_json::to_string_pretty(&Spec::json_schema()).unwrap());

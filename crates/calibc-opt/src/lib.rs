@@ -1,11 +1,11 @@
 //! Policies and passes: a plan whose every site is dense goes in, a plan with masks, variants and work lists comes out.
 //!
 //! ```text
-//!  Calibration (energies, threshold maps)          Target (dtypes, limits, machine)
-//!        |                                              |
+//!  Calibration (energies, threshold maps,          Target (dtypes, limits, machine)
+//!        |      deviations, sensitivities)               |
 //!  Plan::dense -> select -> protect -> repetition -> share -> variants -> schedule -> Plan
 //!        |          \________ Policy ________/
-//!        +--> recall_report: what the plan costs on prompts that did not choose it
+//!        +--> recall_report: what the plan costs on prompts that did not choose it, and the loss it is predicted to make
 //! ```
 //!
 //! ```
@@ -22,10 +22,11 @@
 //! # Ok::<(), calibc_opt::OptError>(())
 //! ```
 //!
-//! Evidence comes through the [`Calibration`] trait, site by site: no pass holds more of a trace than the sites at work. The
-//! verifier runs before the first pass and after every pass, in release builds too; what it finds after a pass is a bug here,
-//! not in the input. A pass is pure in (plan, policy, target, evidence): parallel work is collected in order, petgraph stays
-//! private and is walked in id order, and the same input gives the same plan on any number of threads.
+//! Evidence comes through the [`Calibration`] trait, site by site: no pass holds more of a trace than the sites at work, and the
+//! policy [`Budget`], which looks at the whole plan at once, the few blocks that rows keep in any case. The
+//! verifier runs before the first pass and after every pass, in release builds too; what it finds after a pass is a bug here, not
+//! in the input. A pass is pure in (plan, policy, target, evidence): parallel work is collected in order, petgraph stays private
+//! and is walked in id order, and the same input gives the same plan on any number of threads.
 //!
 //! Nothing here reads files, knows CUDA, or prints.
 

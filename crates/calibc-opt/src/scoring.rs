@@ -227,15 +227,21 @@ impl Scoring {
             if self.row_recall > 0.0 {
                 order.clear();
                 order.extend(0..cols as u16);
-                order.sort_unstable_by(|&a, &b| row[usize::from(b)].total_cmp(&row[usize::from(a)]).then(a.cmp(&b)));
-                let mut reached = 0.0;
-                for &column in &order {
-                    // The first block is taken at a level of 0, below any floor.
-                    if reached >= self.row_recall {
-                        break;
+                let rank = |a: &u16, b: &u16| row[usize::from(*b)].total_cmp(&row[usize::from(*a)]).then(a.cmp(b));
+                let (mut ranked, mut reached, mut next) = (0, 0.0, 0);
+                // The first block is taken at a level of 0, below any floor. A few suffice mostly: ranks are settled as they are
+                // needed, a stretch at a time.
+                while reached < self.row_recall && next < cols {
+                    if next == ranked {
+                        ranked = cols.min(4 * ranked + 16);
+                        if ranked < cols {
+                            order[next..].select_nth_unstable_by(ranked - next, rank);
+                        }
+                        order[next..ranked].sort_unstable_by(rank);
                     }
-                    floor.columns.push(column);
-                    reached += row[usize::from(column)];
+                    floor.columns.push(order[next]);
+                    reached += row[usize::from(order[next])];
+                    next += 1;
                 }
                 floor.columns[start..].sort_unstable();
             } else {

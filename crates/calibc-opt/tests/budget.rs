@@ -236,6 +236,109 @@ prop_compose! {
     }
 }
 
+/// Two steps of one layer of two heads, four blocks each way; the second step takes the evidence of the first.
+fn small() -> Case {
+    let model = Model { name: "toy".into(), layers: 1, heads: 2, head_dim: 64 };
+    let plan = Plan::dense(model, Geometry::video(1, 4, 128), vec![1.0, 0.5]);
+    let (energy, deviation) = evidence(4, 4, 7);
+    let sites = || plan.sites().filter(|site| site.step.0 == 0);
+    let mock = Mock {
+        covered: vec![StepId(0)],
+        calibration: vec![sites().map(|site| (site, energy.clone())).collect(); 2],
+        deviation: vec![sites().map(|site| (site, deviation.clone())).collect(); 2],
+        errors: sites().map(|site| (site, vec![0.1, 0.3])).collect(),
+        weights: Some((vec![1.0, 0.5], vec![1.0; 4])),
+        ..Mock::default()
+    };
+    Case { plan, mock, budget: Budget { anchors: Some(1), ..Budget::new(0.5) } }
+}
+
+fn evidently(change: impl FnOnce(&mut Mock)) -> Case {
+    let mut case = small();
+    change(&mut case.mock);
+    case
+}
+
+#[test]
+fn what_evidence_lacks_is_a_warning_or_an_error() {
+    assert_eq!(small().run(1).unwrap().1.warnings, [""; 0]);
+    type Change = fn(&mut Mock);
+    let cases: [(Change, &str, &str); 3] = [
+        (
+            |m| m.deviation.clear(),
+            "the traces have no deviations (`block_deviation`)",
+            "squared energies stand for them",
+        ),
+        (
+            |m| m.weights = None,
+            "the traces have no sensitivities",
+            "step weights are assumed to fall to a tenth from the first step to the last, all heads weigh the same",
+        ),
+        (|m| m.errors.clear(), "the traces record no output error for 1 anchor rows", "every head gets a mask"),
+    ];
+    for (change, what, instead) in cases {
+        let case = evidently(change);
+        let warnings = case.run(1).unwrap().1.warnings;
+        assert!(warnings.len() == 1 && warnings[0].starts_with(&format!("{what}: {instead}")), "{warnings:?}");
+        let error = case.with(|b| b.fallbacks = false).run(1).unwrap_err();
+        assert!(matches!(error, OptError::Missing { .. }));
+        assert!(error.to_string().starts_with(&format!("{what}; ")), "{error}");
+        assert!(error.to_string().ends_with("or set `missing: warn` to go without"), "{error}");
+    }
+    // Nobody misses what was not asked for.
+    let nothing = evidently(|m| {
+        m.deviation.clear();
+        m.weights = None;
+        m.errors.clear();
+    });
+    let modest = nothing.with(|b| {
+        b.importance = Importance::Energy;
+        b.step_weights = StepWeights::Default;
+        b.head_weights = HeadWeights::Uniform;
+        b.anchors = None;
+        b.fallbacks = false;
+    });
+    assert_eq!(modest.run(1).unwrap().1.warnings, [""; 0]);
+}
+
+#[test]
+fn evidence_that_does_not_fit_is_named() {
+    let error = |case: Case| case.run(1).unwrap_err().to_string();
+    assert_eq!(
+        error(evidently(|m| m.weights = Some((vec![1.0; 3], vec![1.0; 4])))),
+        "the sensitivities are for 3 steps and 4 heads in all, the plan has 2 and 4; measure them for this model and sampler"
+    );
+    assert!(error(evidently(|m| m.weights = Some((vec![0.0; 2], vec![1.0; 4])))).starts_with("every sensitivity is 0"));
+    assert_eq!(
+        error(evidently(|m| drop(m.deviation[1].remove(&Site::new(0, 0, 1))))),
+        "the calibration of s0.l0.h1 has no deviations, although other sites have; capture all prompts with them"
+    );
+    assert!(matches!(evidently(|m| m.covered.clear()).run(1), Err(OptError::NoEvidence)));
+    assert!(matches!(small().with(|b| b.anchors = Some(9)).run(1), Err(OptError::Anchors { anchors: 9, height: 4 })));
+}
+
+#[test]
+fn anchor_rows_weigh_by_their_squared_error() {
+    // Free: both heads use them at every step, and work is left over.
+    let (plan, selection) = evidently(|m| m.errors.values_mut().for_each(|e| *e = vec![0.0; 2])).run(1).unwrap();
+    assert!(plan.ops.iter().all(|op| matches!(op, AttnOp::AnchorRows { anchors: 1 })), "{:?}", plan.ops);
+    assert_eq!((selection.density, selection.anchors), (0.25, Some((1, 4))));
+    // Ruinous: nobody does.
+    let (_, selection) = evidently(|m| m.errors.values_mut().for_each(|e| *e = vec![30.0; 2])).run(1).unwrap();
+    assert_eq!((selection.density, selection.anchors), (0.5, Some((1, 0))));
+    // The mean of squares, not the square of the mean.
+    let report = |errors: Vec<f64>| {
+        let case = evidently(|m| m.errors.values_mut().for_each(|e| *e = errors.clone())).with(|b| b.density = 0.26);
+        let (plan, selection) = case.run(1).unwrap();
+        let at_rows = plan.ops.iter().filter(|op| matches!(op, AttnOp::AnchorRows { .. })).count();
+        (at_rows, case.report(&plan, &selection).overall.loss.unwrap())
+    };
+    let (at_rows, loss) = report(vec![0.01, 0.03]);
+    assert_eq!(at_rows, 4);
+    // Two heads, four rows of blocks, steps of weight 1 and 0.5.
+    assert!((loss - 2.0 * 4.0 * 1.5 * 0.0005).abs() < 1e-12, "{loss}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 192, ..ProptestConfig::default() })]
 
@@ -351,6 +454,7 @@ proptest! {
             let rows = f64::from(plan.geometry.num_q_blocks());
             let anchored = case.weight(site) / case.largest() * rows * error + price * table * case.blocks() as f64;
             let masked = lost + price * count;
+            let at_price = at_price + 1e-12 * masked;
             match case.mask(&plan, site) {
                 None => prop_assert!(anchored < masked + at_price, "{}: {} against {}", site, anchored, masked),
                 Some(_) => prop_assert!(anchored >= masked - at_price, "{}: {} against {}", site, anchored, masked),
