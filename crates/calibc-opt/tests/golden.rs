@@ -1,7 +1,8 @@
 //! Golden tests: `golden/*.plan` hold a plan, what to run on it, and what comes out.
 //!
 //! A file starts with `#` lines: the passes (`# run share`), the knobs (`# max_extra_density 0.25`), and evidence
-//! (`# energy p0 s0.l0.h0 = 50 30 20 / 20 30 50` in percent, `# similarity s0.l0.h0 0.9`). Then comes the plan, a line of
+//! (`# energy p0 s0.l0.h0 = 50 30 20 / 20 30 50` in percent, `# deviation` likewise, `# similarity s0.l0.h0 0.9`,
+//! `# step_weights 2 1`). Then comes the plan, a line of
 //! dashes, the remarks of the passes as comments, and the plan they leave, or the error. `CALIBC_BLESS=1` writes what follows
 //! the dashes anew.
 
@@ -12,7 +13,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use calibc_ir::{BlockEnergy, BlockMask, Geometry, Site, StepId, text};
-use calibc_opt::{CalibAtt, Explicit, Hooks, Policy, Repetition, SiteMask, Target, standard};
+use calibc_opt::{Budget, CalibAtt, Explicit, Hooks, Policy, Repetition, SiteMask, Target, standard};
 use common::Mock;
 
 const RULE: &str = "--------\n";
@@ -51,7 +52,7 @@ fn output(input: &str) -> String {
     let mut mock = Mock::default();
     let mut target = Target { lse: false, ..Target::default() };
     let mut recipe = CalibAtt { a: 0.8, c: 0.8, k: 0.0, rho: 0.5, repetition: None };
-    let (mut run, mut widths) = (Vec::new(), BTreeMap::new());
+    let (mut run, mut widths, mut budget) = (Vec::new(), BTreeMap::new(), None);
     for knob in knobs {
         let (name, value) = knob.split_once(' ').unwrap();
         let number = || value.parse::<f64>().unwrap();
@@ -73,16 +74,29 @@ fn output(input: &str) -> String {
                 let (id, width) = value.split_once(' ').unwrap();
                 widths.insert(site(id), width.parse().unwrap());
             }
+            "budget" => budget = Some(Budget { row_recall: 0.0, anchors: None, ..Budget::new(number()) }),
+            "row_recall" => budget = budget.map(|b| Budget { row_recall: number(), ..b }),
+            "step_floor" => budget = budget.map(|b| Budget { step_floor: number(), ..b }),
+            "anchors" => budget = budget.map(|b| Budget { anchors: Some(number() as u16), ..b }),
+            "anchor_error" => {
+                let (id, value) = value.split_once(' ').unwrap();
+                mock.errors.insert(site(id), vec![value.parse().unwrap()]);
+            }
+            "step_weights" => {
+                let steps = value.split_whitespace().map(|w| w.parse().unwrap()).collect();
+                mock.weights = Some((steps, vec![1.0; plan.ops.len()]));
+            }
             "similarity" => {
                 let (id, value) = value.split_once(' ').unwrap();
                 mock.similarity.insert(site(id), value.parse().unwrap());
             }
-            "energy" => {
+            "energy" | "deviation" => {
                 let (which, rows) = value.split_once(" = ").unwrap();
                 let (prompt, id) = which.split_once(' ').unwrap();
                 let (prompt, site) = (prompt[1..].parse::<usize>().unwrap(), site(id));
-                mock.calibration.resize(mock.calibration.len().max(prompt + 1), BTreeMap::new());
-                mock.calibration[prompt].insert(site, energies(rows));
+                let of_prompts = if name == "energy" { &mut mock.calibration } else { &mut mock.deviation };
+                of_prompts.resize(of_prompts.len().max(prompt + 1), BTreeMap::new());
+                of_prompts[prompt].insert(site, energies(rows));
                 if !mock.covered.contains(&site.step) {
                     mock.covered.push(site.step);
                 }
@@ -91,8 +105,11 @@ fn output(input: &str) -> String {
         }
     }
     mock.covered.sort_unstable_by_key(|&StepId(step)| step);
-    let policy =
-        if widths.is_empty() { Policy::CalibAtt(recipe) } else { Policy::Explicit(band(plan.geometry, widths)) };
+    let policy = match budget {
+        Some(budget) => Policy::Budget(budget),
+        None if widths.is_empty() => Policy::CalibAtt(recipe),
+        None => Policy::Explicit(band(plan.geometry, widths)),
+    };
     let pipeline = standard(&policy, &target).only(&run);
     assert_eq!(pipeline.names(), run, "passes in their order");
     let mut remarks = String::new();

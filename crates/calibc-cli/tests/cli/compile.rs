@@ -231,6 +231,12 @@ fn a_budget_is_met_and_says_where_it_went() {
         bench.ok(&["compile", "rich", "-o", "a.bundle", "--spec", "spec.yaml", "--json"]).json("compile")["report"],
         *report
     );
+    // The effective spec, every field filled in, compiles to the same bundle again.
+    let effective = bench.ok(&["inspect", "a.bundle", "--spec"]).stdout;
+    assert!(effective.contains("anchors: 5") && effective.contains("missing: warn"), "{effective}");
+    bench.file("effective.yaml", &effective);
+    bench.ok(&["compile", "rich", "-o", "again.bundle", "--spec", "effective.yaml", "-q"]);
+    assert_eq!(bench.bytes("a.bundle"), bench.bytes("again.bundle"));
     // The recipe's plan is predicted a loss as well, and a larger one at a density that is no smaller.
     bench.ok(&["compile", "rich", "-o", "r.bundle", "-q", "--arch", "sm_80"]);
     let recipe = bench.ok(&["inspect", "r.bundle", "--json"]).json("bundle");
