@@ -37,15 +37,19 @@ const THREADS: u32 = 384;
 const PRODUCER_REGISTERS: u32 = 40;
 /// Registers of a thread of a warpgroup that computes.
 const CONSUMER_REGISTERS: u32 = 232;
+/// Columns of ones after the values: the least that a product's width grows by.
+const SUM_COLUMNS: u32 = 8;
+/// Bytes of a row of a panel: what the swizzle spans.
+const PANEL_ROW_BYTES: u32 = 128;
 /// Shared memory for barriers and the work handed over.
 const BARRIER_BYTES: u32 = 1024;
 
-/// The most that a thread's weights of one block may add up to: far from where sums of all blocks times values overflow in single
-/// precision, and no weight overflows `dtype`.
-const fn sum_limit(dtype: DType) -> &'static str {
+/// What a weight must stay below, in bits of `dtype`: far from where sums of all blocks times values overflow in single precision,
+/// and from where weights overflow `dtype`.
+const fn weight_limit(dtype: DType) -> &'static str {
     match dtype {
-        DType::Bf16 => "0x1p60f",
-        DType::Fp16 => "0x1p14f",
+        DType::Bf16 => "0x5d80 /* 2^60 */",
+        DType::Fp16 => "0x7400 /* 2^14 */",
     }
 }
 
@@ -56,7 +60,9 @@ struct KernelCx {
     common: Common,
     threads: u32,
     stages: u32,
-    sum_limit: &'static str,
+    weight_limit: &'static str,
+    sum_columns: u32,
+    value_columns: u32,
     producer_registers: u32,
     consumer_registers: u32,
     tensor_map_bytes: u32,
@@ -94,13 +100,17 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
     let tile_bytes = BLOCK * common.row_bytes;
     let stages = if variant.head_dim == 64 { 4 } else { 2 };
     let symbol = common.symbol.clone();
+    let sum_columns = if variant.lse { 0 } else { SUM_COLUMNS };
+    let value_columns = variant.head_dim + sum_columns;
     // A thread holds half a row of accumulators: 64 rows of a warpgroup over 128 threads.
-    let (scores, outs) = (BLOCK / 2, variant.head_dim / 2);
+    let (scores, outs) = (BLOCK / 2, value_columns / 2);
     let cx = KernelCx {
         common,
         threads: THREADS,
         stages,
-        sum_limit: sum_limit(variant.dtype),
+        weight_limit: weight_limit(variant.dtype),
+        sum_columns,
+        value_columns,
         producer_registers: PRODUCER_REGISTERS,
         consumer_registers: CONSUMER_REGISTERS,
         tensor_map_bytes: abi::TENSOR_MAP_BYTES,
@@ -111,6 +121,7 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         value_operand: outs + 4,
     };
     let text = spell(variant, family, &parts, &cx)?;
-    let shared_bytes = (1 + 2 * stages) * tile_bytes + BARRIER_BYTES;
+    let ones_bytes = if sum_columns > 0 { stages * BLOCK * PANEL_ROW_BYTES } else { 0 };
+    let shared_bytes = (1 + 2 * stages) * tile_bytes + ones_bytes + BARRIER_BYTES;
     Ok(KernelSource { variant: *variant, family, symbol, text, threads: THREADS, shared_bytes })
 }
