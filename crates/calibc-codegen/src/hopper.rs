@@ -34,9 +34,11 @@ use crate::{CodegenError, Common, KernelSource, Part, part, spell};
 /// The warpgroup that loads, and two that compute.
 const THREADS: u32 = 384;
 /// Registers of a thread of the warpgroup that loads.
-const PRODUCER_REGISTERS: u32 = 40;
+const PRODUCER_REGISTERS: u32 = 56;
 /// Registers of a thread of a warpgroup that computes.
-const CONSUMER_REGISTERS: u32 = 232;
+const CONSUMER_REGISTERS: u32 = 224;
+/// What a part of a tile costs beside its keys (queries, first and last pass, accumulators to memory and back), in key blocks.
+const PART_COST: u32 = 4;
 /// Columns of ones after the values: the least that a product's width grows by.
 const SUM_COLUMNS: u32 = 8;
 /// Bytes of a row of a panel: what the swizzle spans.
@@ -65,6 +67,9 @@ struct KernelCx {
     value_columns: u32,
     producer_registers: u32,
     consumer_registers: u32,
+    part_cost: u32,
+    max_parts: u32,
+    slots_per_cta: u32,
     tensor_map_bytes: u32,
     tensor_map_align: u32,
     /// Accumulators of a thread, and what comes after them in the operand list of a product.
@@ -75,7 +80,7 @@ struct KernelCx {
 }
 
 /// The parts of a variant's source, in order.
-fn parts(variant: &Variant) -> [Part; 9] {
+fn parts(variant: &Variant) -> [Part; 10] {
     let (rows, queries) = if variant.anchors {
         (part!("common", "rows_anchors"), part!("hopper", "queries_gathered"))
     } else {
@@ -89,6 +94,7 @@ fn parts(variant: &Variant) -> [Part; 9] {
         part!("hopper", "work"),
         queries,
         part!("hopper", "softmax"),
+        part!("hopper", "parts"),
         part!("hopper", "epilogue"),
         part!("hopper", "kernel"),
     ]
@@ -113,6 +119,9 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         value_columns,
         producer_registers: PRODUCER_REGISTERS,
         consumer_registers: CONSUMER_REGISTERS,
+        part_cost: PART_COST,
+        max_parts: abi::MAX_PARTS,
+        slots_per_cta: abi::SLOTS_PER_CTA,
         tensor_map_bytes: abi::TENSOR_MAP_BYTES,
         tensor_map_align: abi::TENSOR_MAP_ALIGN,
         score_regs: (0..scores).collect(),

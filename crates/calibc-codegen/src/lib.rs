@@ -96,6 +96,7 @@ struct Common {
     row_bytes: u32,
     block: u32,
     op_anchors: u32,
+    split_tail: u32,
     abi_version: u32,
     template_digest: String,
     step_table: Vec<Field>,
@@ -140,6 +141,7 @@ impl Common {
             row_bytes: variant.head_dim * 2,
             block: BLOCK,
             op_anchors: abi::OP_ANCHORS,
+            split_tail: abi::SPLIT_TAIL,
             abi_version: abi::ABI_VERSION,
             template_digest: digest.finalize().to_hex()[..16].to_owned(),
             step_table: abi::STEP_TABLE
@@ -159,7 +161,8 @@ fn param_type(name: &str, scalar: abi::Scalar) -> &'static str {
     match (scalar, name) {
         (abi::Scalar::Ptr, "q" | "k" | "v") => "const u16*",
         (abi::Scalar::Ptr, "out") => "u16*",
-        (abi::Scalar::Ptr, "lse") => "float*",
+        (abi::Scalar::Ptr, "lse" | "partials") => "float*",
+        (abi::Scalar::Ptr, "arrivals") => "u32*",
         (abi::Scalar::Ptr, "steps") => "const StepTable*",
         (abi::Scalar::Ptr, _) => "const u32*",
         (abi::Scalar::I64, _) => "i64",

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! steps[step] -> StepTable { lists, items, ops, masks }
-//!   lists[layer] = { begin, count }       items of this layer, in execution order
+//!   lists[layer] = { begin, count }       items of this layer, in execution order; count may carry SPLIT_TAIL
 //!   items[begin + i] = head << 16 | tile
 //!   ops[layer * heads + head] = OP_DENSE | OP_ANCHORS | mask index
 //!   masks + mask * q_blocks * words_per_row + tile * words_per_row    -> bit row over kv blocks
@@ -32,6 +32,14 @@
 //! Persistent: CTA c computes work c, c + grid, ... below count * batch; work w is item w % count of batch element w / count. The
 //! runtime keeps bound * batch below 2^31.
 //!
+//! A list whose count carries [`SPLIT_TAIL`] has tiles of one length, and its last round of CTAs may be far from full. The tiles of
+//! that round are then computed in parts, each by a CTA of its own over a share of the keys: the kernel chooses their number so that
+//! the round ends soonest, at most [`MAX_PARTS`] of a tile and [`SLOTS_PER_CTA`] * grid in all. A part leaves its accumulators in a
+//! slot of `partials`, and of each warp the one that arrives last, by the counter of its tile and warp in `arrivals`, adds them up
+//! in the order of the keys: the same bits whoever comes last. It also sets the counter back to 0, as it was found. `partials` holds
+//! [`SLOTS_PER_CTA`] * SMs slots of [`slot_bytes`], `arrivals` [`WARPS`] counters of each of as many tiles as there are SMs; no two
+//! launches that may run at the same time share them.
+//!
 //! A `TensorMap` is the driver's tensor map, [`TENSOR_MAP_BYTES`] opaque bytes aligned to [`TENSOR_MAP_ALIGN`]. The three are made
 //! alike, of the launch's own tensors, lengths included:
 //!
@@ -44,13 +52,30 @@
 //! ```
 
 /// Version of everything on this page.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// `ops` word of a dense head.
 pub const OP_DENSE: u32 = u32::MAX;
 
 /// `ops` word of a head computed at anchor rows. Any other word is the index of a mask.
 pub const OP_ANCHORS: u32 = u32::MAX - 1;
+
+/// Flag in a work list's count: its tiles are all of one length, so that splitting those of a short last round pays.
+pub const SPLIT_TAIL: u32 = 1 << 31;
+
+/// Most parts of a tile.
+pub const MAX_PARTS: u32 = 32;
+
+/// Parts that are computed at most, per CTA of the launch.
+pub const SLOTS_PER_CTA: u32 = 2;
+
+/// Warps of a Hopper kernel that compute.
+pub const WARPS: u32 = 8;
+
+/// Bytes of a part's accumulators: of each computing thread half a row of outputs and sums, and two maxima and sums, in single precision.
+pub const fn slot_bytes(head_dim: u32) -> u32 {
+    ((head_dim + 8) / 2 + 4) * WARPS * 32 * 4
+}
 
 /// Type of one parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +113,8 @@ impl Scalar {
 /// them; the end is padded to [`PARAMS_BYTES`].
 ///
 /// Strides count elements. `lse` and `step_ptr` may be null. `anchor_*` is the [`crate::AnchorTable`] of the plan, null
-/// without anchor heads. `scale_log2` = softmax scale * log2(e).
+/// without anchor heads. `scale_log2` = softmax scale * log2(e). `partials` and `arrivals` are null where no list of the launch carries
+/// [`SPLIT_TAIL`].
 pub const PARAMS: &[(&str, Scalar)] = &[
     ("q", Scalar::Ptr),
     ("k", Scalar::Ptr),
@@ -100,6 +126,8 @@ pub const PARAMS: &[(&str, Scalar)] = &[
     ("anchor_queries", Scalar::Ptr),
     ("anchor_copy_ptr", Scalar::Ptr),
     ("anchor_copies", Scalar::Ptr),
+    ("partials", Scalar::Ptr),
+    ("arrivals", Scalar::Ptr),
     ("q_batch_stride", Scalar::I64),
     ("q_head_stride", Scalar::I64),
     ("q_token_stride", Scalar::I64),
@@ -156,7 +184,7 @@ pub const TENSOR_MAP_TOKENS: u32 = 128;
 pub const STEP_TABLE: &[&str] = &["lists", "items", "ops", "masks"];
 
 /// The layout in one line, as a bundle stores it:
-/// `abi 2; q:ptr@0 k:ptr@8 ...; 240 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, boxes 64 x 128`.
+/// `abi 3; q:ptr@0 k:ptr@8 ...; 256 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, boxes 64 x 128`.
 pub fn describe() -> String {
     let mut at = 0;
     let mut line = format!("abi {ABI_VERSION};");
@@ -176,10 +204,10 @@ mod tests {
     #[test]
     fn the_description_names_every_field_and_both_families() {
         let line = describe();
-        assert!(line.starts_with("abi 2; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
-        assert!(line.contains(" num_heads:u32@204 batch:u32@208 q_len:u32@212 "), "{line}");
+        assert!(line.starts_with("abi 3; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
+        assert!(line.contains(" num_heads:u32@220 batch:u32@224 q_len:u32@228 "), "{line}");
         assert!(
-            line.contains(" scale_log2:f32@232; 240 bytes; lists items ops masks; hopper q_map k_map v_map "),
+            line.contains(" scale_log2:f32@248; 256 bytes; lists items ops masks; hopper q_map k_map v_map "),
             "{line}"
         );
         assert!(line.ends_with(" of 128 bytes, boxes 64 x 128"), "{line}");
