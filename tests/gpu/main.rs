@@ -358,6 +358,44 @@ fn threads_share_one_engine() {
     );
 }
 
+/// Tiles in parts: launches of two streams, and of a captured graph, that may run at the same time keep theirs apart.
+#[test]
+fn parts_of_tiles_stay_with_their_launch() {
+    let Some(device) = gpu() else { return };
+    with_problem(
+        &device,
+        |p| p.number >= problem::DRAWN && p.heads == [HeadKind::Dense; 3] && p.shapes()[1][2] > 9000,
+        |problem, _, loaded| {
+            let want = loaded.run()?.bits;
+            // Other inputs: a part that went astray would show.
+            let mut inputs = problem.inputs();
+            inputs.data.iter_mut().for_each(|data| data.reverse());
+            let stream = Arc::new(Stream::new(&device)?);
+            let other = Loaded::on(loaded.engine().clone(), stream, problem, &inputs)?;
+            let other_want = other.run()?.bits;
+            ensure!(want != other_want, "the inputs differ");
+            let graph = Graph::capture(other.stream(), || Ok(other.submit(true)?))?;
+            for round in 0..20 {
+                loaded.submit(round % 2 == 0)?;
+                if round % 3 == 0 { graph.replay(other.stream())? } else { other.submit(false)? }
+            }
+            loaded.stream().synchronize()?;
+            other.stream().synchronize()?;
+            ensure!(loaded.collect()?.bits == want, "the first stream's bits changed");
+            ensure!(other.collect()?.bits == other_want, "the second stream's bits changed");
+            // The graph runs beside eager launches of the stream it was captured on.
+            for _ in 0..20 {
+                graph.replay(loaded.stream())?;
+                other.submit(false)?;
+            }
+            loaded.stream().synchronize()?;
+            other.stream().synchronize()?;
+            ensure!(other.collect()?.bits == other_want, "a replay beside launches changed the bits");
+            Ok(())
+        },
+    );
+}
+
 #[test]
 fn a_launch_allocates_nothing() {
     let Some(device) = gpu() else { return };

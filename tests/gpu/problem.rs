@@ -11,7 +11,7 @@ use calibc_trace::random::SplitMix64;
 use half::{bf16, f16};
 
 /// Problems whose every property is drawn.
-const DRAWN: u64 = 96;
+pub(crate) const DRAWN: u64 = 96;
 /// Problems of the suite: the drawn ones, then those of [`chosen`].
 pub(crate) const COUNT: u64 = DRAWN + CHOSEN;
 /// Kinds of geometry, in turn.
@@ -256,7 +256,7 @@ impl Problem {
 }
 
 /// Problems of [`chosen`].
-const CHOSEN: u64 = 40;
+const CHOSEN: u64 = 44;
 
 /// What chance rarely draws: `base` with the properties that chosen problem `index` is about. The four problems of a case are the
 /// four combinations of element type and head_dim.
@@ -335,6 +335,23 @@ fn chosen(index: u64, base: Problem) -> Problem {
             let heads = vec![Dense, Mask(Kept::Percent(50)), Mask(Kept::Band)];
             Problem { spread: 20.0, ramp, softmax_scale: None, ..sequence(heads, 700, [1100, 1200, 1153, 900][turn]) }
         }
+        // Tiles of one length, so few in their last round that several CTAs compute each: alone, after a whole round, of anchor heads,
+        // and with maxima that differ from part to part.
+        9 => match turn {
+            0 => Problem { batch: 1, ..sequence(vec![Dense; 3], 300, 9001) },
+            1 => Problem { batch: 2, ..sequence(vec![Dense; 23], 300, 4000) },
+            2 => Problem {
+                geometry: Geometry::video(4, 30, 52),
+                heads: vec![Anchors(5), Anchors(5)],
+                cut: (0, 0),
+                batch: 2,
+                ..base
+            },
+            _ => {
+                let ramp = Some(Ramp::Falling);
+                Problem { spread: 20.0, ramp, softmax_scale: None, batch: 3, ..sequence(vec![Dense, Dense], 257, 3001) }
+            }
+        },
         // A batch of three, tails on both sides.
         _ => {
             let (q, kv) = [(257, 383), (511, 641), (1023, 130), (129, 1151)][turn];
@@ -505,6 +522,9 @@ mod tests {
             blocks(p).0 > 4 && p.heads.iter().all(|&head| head == HeadKind::Mask(Kept::OnePerRow))
         });
         any("all ops in a batch of three", 4, &|p| kinds(p) == [true; 3] && p.batch == 3 && p.heads.len() == 8);
+        any("tiles in parts", 4, &|p| {
+            blocks(p).1 > 20 && p.heads.iter().all(|head| matches!(head, HeadKind::Dense | HeadKind::Anchors(_)))
+        });
         any("weights that underflow", 2, &|p| p.spread >= 30.0);
         any("maxima that move", 2, &|p| p.ramp == Some(Ramp::Rising));
         any("maxima outgrown", 2, &|p| p.ramp == Some(Ramp::Falling));

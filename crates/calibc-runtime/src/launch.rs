@@ -4,6 +4,7 @@ use calibc_ir::{DType, Family, Plan, Variant};
 
 use crate::error::{Dim, Operand, RuntimeError};
 use crate::shape::{Lengths, Shape, extent, same};
+use crate::step_image::splits;
 use crate::tensor::{DeviceLse, DeviceTensor};
 
 /// Most problems of one launch: the second dimension of a CUDA grid.
@@ -104,6 +105,10 @@ pub struct LaunchPlan {
     items: Vec<u32>,
     /// Items of each layer's longest list.
     longest: Vec<u32>,
+    /// Whether the tiles of each (step, layer) are all of one length, step-major.
+    splits: Vec<bool>,
+    /// Whether they are at any step, by layer.
+    may_split: Vec<bool>,
 }
 
 impl LaunchPlan {
@@ -116,6 +121,9 @@ impl LaunchPlan {
         for step in items.chunks_exact(num_layers) {
             longest.iter_mut().zip(step).for_each(|(most, &n)| *most = n.max(*most));
         }
+        let splits: Vec<bool> = plan.ops.chunks_exact(plan.model.heads as usize).map(splits).collect();
+        let may_split =
+            (0..num_layers).map(|layer| splits.iter().skip(layer).step_by(num_layers).any(|&on| on)).collect();
         Ok(Self {
             shape: Shape::of(plan),
             num_steps: plan.num_steps(),
@@ -125,7 +133,14 @@ impl LaunchPlan {
             variants: variants.to_vec(),
             items,
             longest,
+            splits,
+            may_split,
         })
+    }
+
+    /// Whether any layer's tiles may be computed in parts.
+    pub fn splits(&self) -> bool {
+        self.may_split.contains(&true)
     }
 
     /// Whether `step` is one of the plan's.
@@ -149,6 +164,8 @@ pub struct LaunchArgs {
     pub params: Params,
     /// Work items of one batch element: those of a step known on the host, else the most of any step.
     pub items: u32,
+    /// Whether tiles may be computed in parts, which takes memory for their accumulators (`partials` and `arrivals`).
+    pub splits: bool,
 }
 
 impl LaunchArgs {
@@ -158,15 +175,16 @@ impl LaunchArgs {
         if layer >= plan.num_layers {
             return Err(RuntimeError::Layer { layer, num_layers: plan.num_layers });
         }
-        let (step, step_ptr, items) = match step {
+        let (step, step_ptr, items, splits) = match step {
             StepArg::Host(step) => {
                 plan.check_step(step)?;
-                (step, 0, plan.items[(step * plan.num_layers + layer) as usize])
+                let at = (step * plan.num_layers + layer) as usize;
+                (step, 0, plan.items[at], plan.splits[at])
             }
             StepArg::Device(ptr) if ptr == 0 || !ptr.is_multiple_of(4) => {
                 return Err(RuntimeError::StepPointer { ptr });
             }
-            StepArg::Device(ptr) => (0, ptr, plan.longest[layer as usize]),
+            StepArg::Device(ptr) => (0, ptr, plan.longest[layer as usize], plan.may_split[layer as usize]),
         };
 
         let Lengths { batch, q_len, kv_len } = plan.shape.check(q.shape, k.shape, v.shape)?;
@@ -231,13 +249,15 @@ impl LaunchArgs {
             scale_log2: scale * std::f32::consts::LOG2_E,
             ..Params::default()
         };
-        Ok(Self { variant, params, items })
+        Ok(Self { variant, params, items, splits })
     }
 
     /// CTAs in x, y and z of a kernel of `family` on a GPU of `multiprocessors` SMs.
     pub fn grid(&self, family: Family, multiprocessors: u32) -> [u32; 3] {
         match family {
             Family::Portable => [self.items, self.params.batch, 1],
+            // Parts may fill the GPU where tiles do not.
+            Family::Hopper if self.splits => [multiprocessors, 1, 1],
             // No overflow: at most `MAX_WORK`.
             Family::Hopper => [(self.items * self.params.batch).min(multiprocessors), 1, 1],
         }

@@ -19,12 +19,22 @@ const MAX_RUNS: usize = 32;
 /// Parts of an image begin at multiples of so many words (256 bytes).
 const ALIGN_WORDS: usize = 64;
 
-/// One work list: its first item and their number.
+/// One work list: its first item, and their number with [`abi::SPLIT_TAIL`] where that pays.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub(crate) struct WorkList {
     pub(crate) begin: u32,
     pub(crate) count: u32,
+}
+
+/// Whether the tiles of a layer are all of one length: no head skips blocks of its own.
+pub(crate) fn splits(ops: &[AttnOp]) -> bool {
+    !ops.iter().any(|op| matches!(op, AttnOp::BlockSparse { .. }))
+}
+
+/// The count of a list of `items` items as kernels read it.
+pub(crate) fn list_count(items: usize, splits: bool) -> u32 {
+    items as u32 | if splits { abi::SPLIT_TAIL } else { 0 }
 }
 
 /// The op word of a head, its mask by the index that `index` gives it.
@@ -142,13 +152,14 @@ impl StepImages {
                 let items = schedule.list(list);
                 let to = &mut head[image.items + end..][..items.len()];
                 to.iter_mut().zip(items).for_each(|(to, item)| *to = item.0);
-                begins.push((list, WorkList { begin: end as u32, count: items.len() as u32 }));
+                begins.push((list, end as u32, items.len()));
                 end += items.len();
             }
-            for (to, list) in head.chunks_exact_mut(2).zip(lists) {
+            for ((to, list), layer) in head.chunks_exact_mut(2).zip(lists).zip(0..) {
                 let at =
-                    begins.binary_search_by_key(list, |&(list, _)| list).expect("every list is among the distinct");
-                to.copy_from_slice(&[begins[at].1.begin, begins[at].1.count]);
+                    begins.binary_search_by_key(list, |&(list, ..)| list).expect("every list is among the distinct");
+                let (_, begin, items) = begins[at];
+                to.copy_from_slice(&[begin, list_count(items, splits(plan.layer_ops(step, LayerId(layer))))]);
             }
             let index = |mask: MaskId| image.used.binary_search(&mask).expect("every mask is among those used") as u32;
             let ops = (0..plan.model.layers).flat_map(|layer| plan.layer_ops(step, LayerId(layer)));
@@ -232,7 +243,10 @@ mod tests {
         let schedule = plan.schedule.as_ref().unwrap();
         let mask_words = mask_words(plan);
         for layer in 0..2 {
-            let [begin, count] = [slot[2 * layer], slot[2 * layer + 1]].map(|n| n as usize);
+            let [begin, count] = [slot[2 * layer], slot[2 * layer + 1] & !abi::SPLIT_TAIL].map(|n| n as usize);
+            let sparse = |op: &AttnOp| matches!(op, AttnOp::BlockSparse { .. });
+            let ops = plan.layer_ops(StepId(step as u32), LayerId(layer as u32));
+            assert_eq!(slot[2 * layer + 1] >= abi::SPLIT_TAIL, !ops.iter().any(sparse));
             let items: Vec<WorkItem> =
                 slot[image.items + begin..][..count].iter().map(|&item| WorkItem(item)).collect();
             assert_eq!(items, schedule.list(schedule.list_of[2 * step + layer]));

@@ -76,7 +76,7 @@ mod tests {
             kv_len: kv[2] as u32,
             ..Params::default()
         };
-        LaunchArgs { variant, params, items: 1 }
+        LaunchArgs { variant, params, items: 1, splits: false }
     }
 
     #[test]

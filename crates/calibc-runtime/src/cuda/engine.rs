@@ -7,6 +7,7 @@ use cudarc::driver::{result, sys};
 
 use super::device::{Device, DeviceInfo, Module, failed};
 use super::encode::tensor_maps;
+use super::partials::Partials;
 use super::stream::handle;
 use super::tables::Tables;
 use crate::error::RuntimeError;
@@ -31,7 +32,8 @@ unsafe impl Send for Loaded {}
 // SAFETY: as above.
 unsafe impl Sync for Loaded {}
 
-/// The kernels and tables of a bundle on one GPU. All memory is allocated on creation; calls may come from any thread.
+/// The kernels and tables of a bundle on one GPU. Calls may come from any thread. Memory is allocated on creation, and again where a
+/// second stream or a capture runs layers without masks, whose last tiles are computed in parts ([`calibc_ir::abi::SPLIT_TAIL`]).
 #[derive(Debug)]
 pub struct Engine {
     device: Device,
@@ -39,6 +41,8 @@ pub struct Engine {
     plan: LaunchPlan,
     kernels: Vec<Loaded>,
     tables: Tables,
+    /// Where a kernel of this GPU may compute tiles in parts.
+    partials: Option<Partials>,
 }
 
 impl Engine {
@@ -101,6 +105,10 @@ impl Engine {
             })
             .collect::<Result<Vec<_>, RuntimeError>>()?;
         let tables = Tables::upload(&device, plan, anchors, residency)?;
+        let hopper = kernels.iter().any(|kernel| kernel.family == Family::Hopper);
+        let partials = (hopper && launch_plan.splits())
+            .then(|| Partials::new(&device, plan.model.head_dim, info.multiprocessors))
+            .transpose()?;
         tracing::debug!(
             gpu = info.name,
             kernels = kernels.len(),
@@ -108,7 +116,7 @@ impl Engine {
             host_bytes = tables.host_bytes(),
             "bundle loaded onto the GPU"
         );
-        Ok(Self { device, info, plan: launch_plan, kernels, tables })
+        Ok(Self { device, info, plan: launch_plan, kernels, tables, partials })
     }
 
     /// The family of the kernel that serves `variant` on this GPU; `None` where the plan has no such variant.
@@ -129,6 +137,11 @@ impl Engine {
     /// Device memory the plan's tables take, in bytes.
     pub fn table_bytes(&self) -> usize {
         self.tables.device_bytes()
+    }
+
+    /// Device memory for tiles computed in parts, in bytes: up to 20 MB for each stream and each captured graph.
+    pub fn partial_bytes(&self) -> usize {
+        self.partials.as_ref().map_or(0, Partials::bytes)
     }
 
     /// Pinned host memory the plan's tables take, in bytes; none where all steps are resident.
@@ -175,8 +188,8 @@ impl Engine {
     ///
     /// `q` and `out` are `[batch, heads, q_tokens, head_dim]`, `k` and `v` `[batch, heads, kv_tokens, head_dim]`, in any order in
     /// memory whose innermost dimension is contiguous; `lse`, if given, gets the natural-log sum of exponentials
-    /// `[batch, heads, q_tokens]`. Every row of `out` and `lse` is written. Asynchronous: nothing is allocated, nothing waits, so
-    /// the call can be captured into a graph; with [`StepArg::Device`] replays follow the step in memory. (An engine with a window
+    /// `[batch, heads, q_tokens]`. Every row of `out` and `lse` is written. Asynchronous: nothing waits, and nothing is allocated (but
+    /// see [`Engine`] for the first call on a further stream), so the call can be captured into a graph; with [`StepArg::Device`] replays follow the step in memory. (An engine with a window
     /// of steps refuses to have a step known on the host captured: replays would outlive its place in the window.)
     ///
     /// # Errors
@@ -213,6 +226,10 @@ impl Engine {
         let grid = args.grid(kernel.family, self.info.multiprocessors);
         let _current = self.device.bind()?;
         let stream = handle(stream);
+        if let (true, Family::Hopper, Some(partials)) = (args.splits, kernel.family, &self.partials) {
+            // SAFETY: the context is current, and the stream is the caller's promise.
+            (args.params.partials, args.params.arrivals) = unsafe { partials.of(stream) }?;
+        }
         let mut maps = match kernel.family {
             Family::Portable => None,
             Family::Hopper => Some(tensor_maps(&call, &args)?),

@@ -8,6 +8,7 @@ mod capture;
 mod device;
 mod encode;
 mod engine;
+mod partials;
 mod stream;
 mod tables;
 

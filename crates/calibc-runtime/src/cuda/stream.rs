@@ -30,6 +30,11 @@ impl Stream {
         self.raw as usize as u64
     }
 
+    /// The handle itself.
+    pub(super) fn handle(&self) -> sys::CUstream {
+        self.raw
+    }
+
     /// Waits for everything submitted to it.
     pub fn synchronize(&self) -> Result<(), RuntimeError> {
         let _current = self.device.bind()?;
@@ -124,6 +129,49 @@ pub(super) unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Runtime
     // SAFETY: the caller's promise.
     let status = unsafe { result::stream::is_capturing(stream) }.map_err(failed("ask whether a stream is captured"))?;
     Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// Launches of one order run one after the other: those of one stream, or those that one stream left in one captured graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Order {
+    /// Of the stream, never given again in a program's life (a handle may be).
+    stream: u64,
+    /// Of the capture, if the stream is being captured.
+    capture: Option<u64>,
+}
+
+impl Order {
+    /// Where work that `stream` is given now belongs.
+    ///
+    /// # Safety
+    /// `stream` is a live stream of the context that is current, or null.
+    pub(super) unsafe fn of(stream: sys::CUstream) -> Result<Self, RuntimeError> {
+        let (mut id, mut capture) = (0, 0);
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let (graph, dependencies, count) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the stream is the caller's promise; the driver writes to the places given and skips those that are null.
+        unsafe {
+            sys::cuStreamGetId(stream, &mut id).result().map_err(failed("ask for a stream's id"))?;
+            sys::cuStreamGetCaptureInfo_v2(stream, &mut status, &mut capture, graph, dependencies, count)
+                .result()
+                .map_err(failed("ask whether a stream is captured"))?;
+        }
+        let captured = status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        Ok(Self { stream: id, capture: captured.then_some(capture) })
+    }
+}
+
+/// Runs `work`, which allocates, while streams may be captured: nothing it does is part of what they record.
+pub(super) fn relaxed_capture<T>(work: impl FnOnce() -> Result<T, RuntimeError>) -> Result<T, RuntimeError> {
+    let exchange = |mode: &mut sys::CUstreamCaptureMode| {
+        // SAFETY: the argument is a valid place, and any mode is a legal one.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(mode) }.result().map_err(failed("change the capture mode"))
+    };
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    exchange(&mut mode)?;
+    let done = work();
+    exchange(&mut mode)?;
+    done
 }
 
 /// Points in the work of one stream, and the GPU time between them.

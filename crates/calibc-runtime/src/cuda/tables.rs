@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
-use calibc_ir::{AnchorTable, Plan};
+use calibc_ir::{AnchorTable, AttnOp, Plan};
 use cudarc::driver::{result, sys};
 
 use super::device::{Device, DeviceBuffer, Pinned, failed};
@@ -11,7 +11,7 @@ use super::stream::{Event, Stream, handle, is_capturing};
 use crate::error::RuntimeError;
 use crate::launch::{Params, StepArg};
 use crate::residency::{Queues, Residency, StreamId, Window};
-use crate::step_image::{StepImages, WorkList, op_word};
+use crate::step_image::{StepImages, WorkList, list_count, op_word, splits};
 
 /// Words of host memory that masks pass through on their way to the GPU (16 MiB).
 const STAGING_WORDS: usize = 4 << 20;
@@ -32,11 +32,12 @@ const TABLE_WORDS: usize = size_of::<StepTable>() / 4;
 /// One work list per (step, layer), step-major.
 fn work_lists(plan: &Plan) -> Result<Vec<WorkList>, RuntimeError> {
     let schedule = plan.schedule.as_ref().ok_or(RuntimeError::Unscheduled)?;
-    let list = |&list: &u32| {
+    let heads = plan.model.heads as usize;
+    let list = |(&list, ops): (&u32, &[AttnOp])| {
         let ends = &schedule.list_ptr[list as usize..][..2];
-        WorkList { begin: ends[0], count: ends[1] - ends[0] }
+        WorkList { begin: ends[0], count: list_count((ends[1] - ends[0]) as usize, splits(ops)) }
     };
-    Ok(schedule.list_of.iter().map(list).collect())
+    Ok(schedule.list_of.iter().zip(plan.ops.chunks_exact(heads)).map(list).collect())
 }
 
 /// The tables of one plan. Held for their memory; kernels see the addresses in [`Tables::fill`].
