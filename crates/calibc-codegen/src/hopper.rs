@@ -10,21 +10,29 @@
 //!   while one warpgroup weighs, the other multiplies. Taking turns by named barriers brought nothing more (0 to 3 % slower).
 //! * Weights are relative to the maximum of a row's first block, not of all blocks so far: each pass saves a maximum per score, the
 //!   shuffles and the rescaling. bfloat16 and single precision keep their relative precision at any scale, so that nothing is lost
-//!   while sums stay finite. A thread's sum of a block above [`sum_limit`] (scores 41 nats above that maximum, 9 in fp16), or NaN, is
+//!   while sums stay finite. A weight of [`weight_limit`] or more (scores 41 nats above that maximum, 9 in fp16), or NaN, is
 //!   caught by a vote before anything is added: the scores are computed again from shared memory, where their keys still are, the
 //!   maximum is raised and the sums shrink. Measured: 9 % at head_dim 128, 14 % at 64; the GPU runs at its power limit, and work
 //!   left out is power for the products.
-//! * Registers: 384 threads share 65,536. `setmaxnreg` leaves 40 to the loading warpgroup (at 24 and 32 its walk over the mask row
-//!   spills) and gives 232 to the computing ones: outputs 64 + scores 64 + weights 32. A second set of weights, to round them before
-//!   the products are done, would spill.
+//! * Sums of weights are products, too: eight columns of ones follow the values, a panel of them in every stage. It saves an addition
+//!   per score and widens a product by 6 to 12 %; the check above takes one instruction for four packed weights. Measured: 4 to 5 %
+//!   at both head_dims. These are sums of rounded weights, as the outputs are: where sums leave the kernel (log-sum-exp) they are
+//!   added up in single precision as before.
+//! * A last round of CTAs that few tiles fill takes as long as a whole one: where all tiles of a layer are of one length (dense and
+//!   anchor heads) its tiles are computed in parts along the keys, and whichever CTA is last adds them up (`templates/hopper/parts`).
+//!   Lists of differing lengths are evened out by the scheduler.
+//! * Registers: 384 threads share 65,536. `setmaxnreg` leaves 56 to the loading warpgroup (at 24 and 32 its walk over the mask row
+//!   spills, at 40 that over a part of it) and gives 224 to the computing ones: outputs 68 + scores 64 + weights 32. A second set of
+//!   weights, to round them before the products are done, would spill.
 //! * Mask rows are walked from the last block down, so that only the first pass, which is peeled, can end inside a block.
 //! * Outputs go from registers to global memory, transposed within quads to 16-byte stores: no shared memory, so the next tile's
 //!   queries load meanwhile, and anchor rows are copied to wherever they go by the same code.
-//! * Two stages of K and V at head_dim 128 (160 KB); three were up to 7 % slower. Handing out work by an atomic counter
+//! * Two stages of K and V at head_dim 128 (192 KB with the ones); three were up to 7 % slower. Handing out work by an atomic counter
 //!   was 5 to 10 % slower at head_dim 128 than each CTA's fixed share, which the scheduler makes even.
 //! * Tried and left out: the tiles of a CTA as one stream of blocks, whose first scores hide the last tile's end (10 to 15 % slower:
 //!   its branches keep softmax from running under the products); queries in registers (even); scores of two blocks in flight at
-//!   head_dim 64 (even); part of the exponentials by a polynomial (0 to 4 % slower: power again).
+//!   head_dim 64 (even); part of the exponentials by a polynomial (0 to 4 % slower: power again); four computing warpgroups with
+//!   passes of 64 keys at head_dim 64 (7 % slower: registers allow no more, and each pass has a fixed price in power).
 
 use calibc_ir::{BLOCK, DType, Family, Variant, abi};
 use serde::Serialize;

@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 use super::device::{Device, DeviceInfo, Module, failed};
 use super::encode::tensor_maps;
 use super::partials::Partials;
-use super::stream::handle;
+use super::stream::{capture_of, handle};
 use super::tables::Tables;
 use crate::error::RuntimeError;
 use crate::launch::{Call, LaunchArgs, LaunchPlan, Params, StepArg};
@@ -226,9 +226,14 @@ impl Engine {
         let grid = args.grid(kernel.family, self.info.multiprocessors);
         let _current = self.device.bind()?;
         let stream = handle(stream);
-        if let (true, Family::Hopper, Some(partials)) = (args.splits, kernel.family, &self.partials) {
-            // SAFETY: the context is current, and the stream is the caller's promise.
-            (args.params.partials, args.params.arrivals) = unsafe { partials.of(stream) }?;
+        let partials = self.partials.as_ref().filter(|_| args.splits && kernel.family == Family::Hopper);
+        // A question to the driver that most launches need not ask.
+        let ask = partials.is_some() || self.tables.is_window();
+        // SAFETY: the context is current, and the stream is the caller's promise.
+        let capture = if ask { unsafe { capture_of(stream) }? } else { None };
+        if let Some(partials) = partials {
+            // SAFETY: as above.
+            (args.params.partials, args.params.arrivals) = unsafe { partials.of(stream, capture) }?;
         }
         let mut maps = match kernel.family {
             Family::Portable => None,
@@ -259,7 +264,7 @@ impl Engine {
             .map_err(failed("launch the attention kernel"))
         };
         // SAFETY: the context is current, and the stream is the caller's promise.
-        unsafe { self.tables.launch(step, stream, launch) }
+        unsafe { self.tables.launch(step, stream, capture.is_some(), launch) }
     }
 }
 

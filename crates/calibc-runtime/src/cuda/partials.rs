@@ -58,13 +58,14 @@ impl Partials {
         Ok(buffer)
     }
 
-    /// The addresses of accumulators and counters for launches on `stream`. Allocates for the first launch of a stream or capture.
+    /// The addresses of accumulators and counters for launches on `stream`, which is part of `capture`. Allocates for the first launch
+    /// of a stream or capture.
     ///
     /// # Safety
     /// The device's context is current, and `stream` is a live stream of it or null.
-    pub(super) unsafe fn of(&self, stream: sys::CUstream) -> Result<(u64, u64), RuntimeError> {
+    pub(super) unsafe fn of(&self, stream: sys::CUstream, capture: Option<u64>) -> Result<(u64, u64), RuntimeError> {
         // SAFETY: the caller's promise.
-        let order = unsafe { Order::of(stream) }?;
+        let order = unsafe { Order::of(stream, capture) }?;
         let mut pieces = self.lock();
         let known = pieces.iter().position(|&(owner, _)| owner == Some(order));
         // Nobody's: the first one, until a stream claims it.

@@ -121,43 +121,42 @@ impl Drop for Event {
     }
 }
 
-/// Whether `stream` is being captured into a graph.
+/// The capture that `stream` is part of, by a number that no other capture of the program has.
 ///
 /// # Safety
 /// `stream` is a live stream of the context that is current, or null.
-pub(super) unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, RuntimeError> {
-    // SAFETY: the caller's promise.
-    let status = unsafe { result::stream::is_capturing(stream) }.map_err(failed("ask whether a stream is captured"))?;
-    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+pub(super) unsafe fn capture_of(stream: sys::CUstream) -> Result<Option<u64>, RuntimeError> {
+    let (mut status, mut id) = (sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, 0);
+    let (graph, dependencies, count) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the stream is the caller's promise; the driver writes to the places given and skips those that are null.
+    unsafe { sys::cuStreamGetCaptureInfo_v2(stream, &mut status, &mut id, graph, dependencies, count) }
+        .result()
+        .map_err(failed("ask whether a stream is captured"))?;
+    Ok((status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE).then_some(id))
 }
 
-/// Launches of one order run one after the other: those of one stream, or those that one stream left in one captured graph.
+/// Launches of one order run one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Order {
-    /// Of the stream, never given again in a program's life (a handle may be).
-    stream: u64,
-    /// Of the capture, if the stream is being captured.
-    capture: Option<u64>,
+pub(super) enum Order {
+    /// Those of a stream, by an id that no other stream of the program has, unlike its handle.
+    Stream(u64),
+    /// Those that a stream leaves in a graph. The stream outlives its capture, so the handle tells it from others.
+    Captured { capture: u64, stream: usize },
 }
 
 impl Order {
-    /// Where work that `stream` is given now belongs.
+    /// Where work that `stream` is given now belongs, given [`capture_of`] it.
     ///
     /// # Safety
     /// `stream` is a live stream of the context that is current, or null.
-    pub(super) unsafe fn of(stream: sys::CUstream) -> Result<Self, RuntimeError> {
-        let (mut id, mut capture) = (0, 0);
-        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        let (graph, dependencies, count) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: the stream is the caller's promise; the driver writes to the places given and skips those that are null.
-        unsafe {
-            sys::cuStreamGetId(stream, &mut id).result().map_err(failed("ask for a stream's id"))?;
-            sys::cuStreamGetCaptureInfo_v2(stream, &mut status, &mut capture, graph, dependencies, count)
-                .result()
-                .map_err(failed("ask whether a stream is captured"))?;
+    pub(super) unsafe fn of(stream: sys::CUstream, capture: Option<u64>) -> Result<Self, RuntimeError> {
+        if let Some(capture) = capture {
+            return Ok(Self::Captured { capture, stream: stream as usize });
         }
-        let captured = status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        Ok(Self { stream: id, capture: captured.then_some(capture) })
+        let mut id = 0;
+        // SAFETY: the stream is the caller's promise; the other argument is a valid place.
+        unsafe { sys::cuStreamGetId(stream, &mut id) }.result().map_err(failed("ask for a stream's id"))?;
+        Ok(Self::Stream(id))
     }
 }
 

@@ -7,7 +7,7 @@ use calibc_ir::{AnchorTable, AttnOp, Plan};
 use cudarc::driver::{result, sys};
 
 use super::device::{Device, DeviceBuffer, Pinned, failed};
-use super::stream::{Event, Stream, handle, is_capturing};
+use super::stream::{Event, Stream, capture_of, handle};
 use crate::error::RuntimeError;
 use crate::launch::{Params, StepArg};
 use crate::residency::{Queues, Residency, StreamId, Window};
@@ -100,7 +100,12 @@ impl Tables {
         }
     }
 
-    /// Runs `launch`, which reads the tables of `step` on `stream`, with those tables in place.
+    /// Whether they are those of a window of steps.
+    pub(super) fn is_window(&self) -> bool {
+        matches!(self.steps, Steps::Window { .. })
+    }
+
+    /// Runs `launch`, which reads the tables of `step` on `stream`, with those tables in place. `captured`: whether the stream is.
     ///
     /// # Safety
     /// The device's context is current, and `stream` is a live stream of it or null.
@@ -108,11 +113,10 @@ impl Tables {
         &self,
         step: StepArg,
         stream: sys::CUstream,
+        captured: bool,
         launch: impl FnOnce() -> Result<(), RuntimeError>,
     ) -> Result<(), RuntimeError> {
         let Steps::Window { uploads, .. } = &self.steps else { return launch() };
-        // SAFETY: the caller's promise.
-        let captured = unsafe { is_capturing(stream) }?;
         match (step, captured) {
             (StepArg::Host(step), true) => return Err(RuntimeError::CapturedStep { step }),
             // What replays of the graph will find there is for `enter` to see to.
@@ -169,7 +173,7 @@ impl Tables {
     ) -> Result<(), RuntimeError> {
         let Steps::Window { uploads, .. } = &self.steps else { return Ok(()) };
         // SAFETY: the caller's promise.
-        if unsafe { is_capturing(stream) }? {
+        if unsafe { capture_of(stream) }?.is_some() {
             return Err(RuntimeError::CapturedStep { step });
         }
         let stream = stream as usize as StreamId;
