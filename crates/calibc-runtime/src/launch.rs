@@ -509,9 +509,18 @@ mod tests {
 
     #[test]
     fn persistent_kernels_get_no_more_ctas_than_work_or_sms() {
-        let args = Setup::new(TextPosition::None).run().unwrap();
-        for (sms, want) in [(132, 8), (8, 8), (7, 7)] {
-            assert_eq!(args.grid(Family::Hopper, sms), [want, 1, 1]);
+        // Layer 2 has no masks: parts of its tiles fill the GPU. Layer 0 has one at step 0.
+        let mut setup = Setup::new(TextPosition::None);
+        for (layer, step, wants) in [
+            (2, StepArg::Host(0), [(132, 132), (8, 8), (7, 7)]),
+            (0, StepArg::Host(0), [(132, 8), (8, 8), (7, 7)]),
+            (0, StepArg::Device(PTR), [(132, 132), (8, 8), (7, 7)]),
+        ] {
+            (setup.layer, setup.step) = (layer, step);
+            let args = setup.run().unwrap();
+            for (sms, want) in wants {
+                assert_eq!(args.grid(Family::Hopper, sms), [want, 1, 1], "layer {layer}, {step:?}");
+            }
         }
     }
 

@@ -412,7 +412,8 @@ mod tests {
         assert!(matches!(work_lists(&plan), Err(RuntimeError::Unscheduled)));
         let items = (0..7).map(WorkItem).collect();
         plan.schedule = Some(Schedule { list_of: vec![1, 0], list_ptr: vec![0, 3, 7], items });
-        let lists = [WorkList { begin: 3, count: 4 }, WorkList { begin: 0, count: 3 }];
+        // The second layer has no mask.
+        let lists = [WorkList { begin: 3, count: 4 }, WorkList { begin: 0, count: 3 | abi::SPLIT_TAIL }];
         assert_eq!(work_lists(&plan).unwrap(), lists);
         assert_eq!(abi::STEP_TABLE, ["lists", "items", "ops", "masks"]);
     }
