@@ -126,20 +126,32 @@ impl Drop for Event {
 /// # Safety
 /// `stream` is a live stream of the context that is current, or null.
 pub(super) unsafe fn capture_of(stream: sys::CUstream) -> Result<Option<u64>, RuntimeError> {
-    let (mut status, mut id) = (sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, 0);
+    const NONE: sys::CUstreamCaptureStatus = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let action = "ask whether a stream is captured";
+    // The shorter question first: most streams are not.
+    // SAFETY: the caller's promise.
+    if unsafe { result::stream::is_capturing(stream) }.map_err(failed(action))? == NONE {
+        return Ok(None);
+    }
+    let (mut status, mut id) = (NONE, 0);
     let (graph, dependencies, count) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: the stream is the caller's promise; the driver writes to the places given and skips those that are null.
     unsafe { sys::cuStreamGetCaptureInfo_v2(stream, &mut status, &mut id, graph, dependencies, count) }
         .result()
-        .map_err(failed("ask whether a stream is captured"))?;
-    Ok((status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE).then_some(id))
+        .map_err(failed(action))?;
+    Ok((status != NONE).then_some(id))
 }
+
+/// `CU_STREAM_PER_THREAD`.
+const PER_THREAD: usize = 2;
 
 /// Launches of one order run one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
-    /// Those of a stream, by an id that no other stream of the program has, unlike its handle.
-    Stream(u64),
+    /// Those of a stream, by its handle: what belongs to it, the driver releases only once all its work is done.
+    Stream(usize),
+    /// Those of a thread's default stream, by its id: all have one handle.
+    PerThread(u64),
     /// Those that a stream leaves in a graph. The stream outlives its capture, so the handle tells it from others.
     Captured { capture: u64, stream: usize },
 }
@@ -153,10 +165,13 @@ impl Order {
         if let Some(capture) = capture {
             return Ok(Self::Captured { capture, stream: stream as usize });
         }
+        if stream as usize != PER_THREAD {
+            return Ok(Self::Stream(stream as usize));
+        }
         let mut id = 0;
         // SAFETY: the stream is the caller's promise; the other argument is a valid place.
         unsafe { sys::cuStreamGetId(stream, &mut id) }.result().map_err(failed("ask for a stream's id"))?;
-        Ok(Self::Stream(id))
+        Ok(Self::PerThread(id))
     }
 }
 
