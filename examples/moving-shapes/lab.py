@@ -20,7 +20,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import calibc
 import torch
@@ -128,10 +129,10 @@ class Lab:
         noise = sampler.noise([seed], self.args.frames, self.args.size)
         return sampler.sample(self.transformer, ids[None], noise, steps=self.args.steps)
 
-    def measure_sensitivity(self, folder: pathlib.Path, method: str) -> Any:
+    def measure_sensitivity(self, folder: pathlib.Path, method: Literal["gradient", "exact"]) -> Any:
         """w and u of the calibration prompts, written beside the traces."""
         ids, seeds = calibration(self.args)
-        runs = [lambda i=i: self.one(ids[i], seeds[i]) for i in range(self.args.sensitivity_prompts)]
+        runs = [partial(self.one, ids[i], seeds[i]) for i in range(self.args.sensitivity_prompts)]
         config = calibc.SensitivityConfig(
             method=method, guidance_scale=sampler.GUIDANCE, steps=self.args.sensitivity_steps, progress=False
         )
@@ -139,25 +140,32 @@ class Lab:
 
     # Generation.
 
-    def generate(self, which: list[int]) -> Tensor:
-        """Videos by number, [B, 3, frames, size, size] in 0..1, on the device."""
+    def generate(self, which: list[int], stop: int | None = None) -> Tensor:
+        """Videos by number, [B, 3, frames, size, size] in 0..1, on the device; `stop` after so many steps."""
         parts = []
         for at in range(0, len(which), self.args.batch):
             some = which[at : at + self.args.batch]
             noise = sampler.noise([self.seeds[v] for v in some], self.args.frames, self.args.size)
-            parts.append(sampler.sample(self.transformer, self.ids[some], noise, steps=self.args.steps, batched=True))
+            with models.backend("cudnn"):
+                parts.append(
+                    sampler.sample(
+                        self.transformer, self.ids[some], noise, steps=self.args.steps, batched=True, stop=stop
+                    )
+                )
         return (torch.cat(parts).clamp(-1, 1) + 1) / 2
 
-    def run(self, bundle: calibc.Bundle, which: list[int]) -> tuple[Tensor, float, float]:
+    def run(self, bundle: calibc.Bundle, which: list[int], stop: int | None = None) -> tuple[Tensor, float, float]:
         """Videos on a bundle; the density that ran, and seconds."""
         with calibc.apply_sparse_attention(
             self.transformer, calibc.SparseAttentionConfig(bundle, strict=True)
         ) as handle:
             settle()
             start = time.perf_counter()
-            videos = self.generate(which)
+            videos = self.generate(which, stop)
             settle()
-            return videos, handle.stats().density, time.perf_counter() - start
+            seconds, density = time.perf_counter() - start, handle.stats().density
+            assert density is not None, "something was generated"
+            return videos, density, seconds
 
     def attention_ms(self, bundle: calibc.Bundle | None) -> float | None:
         """Attention of one video on the GPU: all steps and layers, twice; of torch's dense attention without a bundle."""
@@ -179,7 +187,8 @@ class Lab:
             step.fill_(at)
             for layer in layers:
                 if bundle is None:
-                    torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                    with models.backend("cudnn"):
+                        torch.nn.functional.scaled_dot_product_attention(q, k, v)
                 else:
                     ops.attention(q, k, v, sites[layer], step)
 
@@ -247,9 +256,16 @@ class Lab:
         if any(name.startswith("budget") for name in chosen) or ingredients or args.anchor_share or args.oracle:
             early = self.sensitivities(trace)
         every = list(range(args.videos))
+        if args.oracle:
+            self.capture_oracle()
+        if args.compile:
+            # From here on: what follows has one shape, and captures need no graphs.
+            self.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        with self.phases("warm up"):
+            everything = self.all_blocks()
+            self.generate(every[: args.batch], stop=1)
+            self.run(everything, every[: args.batch], stop=1)
         with self.phases("generate"):
-            self.generate(every[:1])
-            settle()
             start = time.perf_counter()
             dense = self.generate(every)
             settle()
@@ -258,15 +274,15 @@ class Lab:
             self.dense_ms = self.attention_ms(None)
         self.kept["dense", 1.0] = dense.half().cpu()
         print(f"dense: {args.videos} videos in {self.dense_s:.1f} s", flush=True)
-        jobs: list[tuple[str, float, Callable[[], calibc.Bundle]]] = [("all blocks", 1.0, self.all_blocks)]
-        jobs += [(name, density, lambda bundle=bundle: bundle) for name, density, bundle in early]
+        jobs: list[tuple[str, float, Callable[[], calibc.Bundle]]] = [("all blocks", 1.0, lambda: everything)]
+        jobs += [(name, density, partial(lambda made: made, bundle)) for name, density, bundle in early]
         for density in args.densities:
             for name, make in chosen.items():
-                jobs.append((name, density, lambda m=make, n=name, d=density: m(self.job, f"{n}-{d}", d)))
+                jobs.append((name, density, partial(make, self.job, f"{name}-{density}", density)))
         jobs += self.anchor_jobs()
         for name, make in ingredients.items():
             density = args.ingredients_density
-            jobs.append((name, density, lambda m=make, n=name, d=density: m(self.job, f"{n}-{d}", d)))
+            jobs.append((name, density, partial(make, self.job, f"{name}-{density}", density)))
         # The CPU compiles the next plans while the GPU generates.
         with ThreadPoolExecutor(args.workers) as pool:
             bundles = [pool.submit(make) for _, _, make in jobs]
@@ -321,29 +337,35 @@ class Lab:
         count = round(self.args.anchor_share * steps * layers * heads)
         w, u = torch.as_tensor(self.sensitivity.step), torch.as_tensor(self.sensitivity.head)
         density = 1 - count / (steps * layers * heads) * (1 - policies.ANCHORS / self.grid.height)
-        jobs = []
+        jobs: list[tuple[str, float, Callable[[], calibc.Bundle]]] = []
         for rule in policies.ANCHOR_RULES:
             chosen = policies.anchor_sites(self.job, rule, count, w, u)
             name = f"anchors by {rule}"
-            jobs.append((name, round(density, 4), lambda n=name, c=chosen: policies.anchors_only(self.job, n, c)))
+            jobs.append((name, round(density, 4), partial(policies.anchors_only, self.job, name, chosen)))
         return jobs
 
-    def oracle(self, dense: Tensor) -> None:
-        """`budget` from each prompt's own trace, for the first prompts."""
-        args = self.args
-        first = sorted(set(self.prompt_of))[: args.oracle]
-        for prompt in first:
+    def oracle_prompts(self) -> list[int]:
+        """The prompts that get plans of their own."""
+        return sorted(set(self.prompt_of))[: self.args.oracle]
+
+    def capture_oracle(self) -> None:
+        """Traces of single prompts, with the sensitivities of all."""
+        for prompt in self.oracle_prompts():
             folder = self.folder / "oracle" / f"p{prompt:03}"
             video = self.prompt_of.index(prompt)
             with self.phases("oracle: capture"):
                 self.capture(folder, self.ids[video : video + 1], [self.seeds[video]], 0)
                 self.sensitivity.write(folder)
+
+    def oracle(self, dense: Tensor) -> None:
+        """`budget` from each prompt's own trace."""
+        args = self.args
         for density in args.densities:
             psnr: list[float | None] = [None] * args.videos
             ssim: list[float | None] = [None] * args.videos
             densities, seconds = [], 0.0
             policy = policies.BUDGET | {"density": density}
-            for prompt in first:
+            for prompt in self.oracle_prompts():
                 with self.phases("oracle: compile"):
                     name, folder = f"oracle-{density}-{prompt}", self.folder / "oracle" / f"p{prompt:03}"
                     bundle = self.job.compile(name, policy, folder)
@@ -436,7 +458,8 @@ class Lab:
         if not rows:
             raise SystemExit(f"there is no picture of {policy}: it is not among the policies that ran")
         # The video whose quality is the median at the lowest density: neither the best nor the worst.
-        order = sorted(range(self.args.videos), key=lambda v: rows[-1].psnr[v])
+        lowest = torch.tensor(rows[-1].psnr)
+        order = lowest.argsort().tolist()
         video = order[len(order) // 2]
         shown = [self.kept["dense", 1.0][video], *(self.kept[policy, row.wanted][video] for row in rows)]
         for frames in range(8, 1, -1):
@@ -486,7 +509,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for traces, specs and bundles")
     parser.add_argument("--weights", type=pathlib.Path, default=models.WEIGHTS, help="folder that train.py wrote")
-    parser.add_argument("--policies", nargs="*", choices=list(policies.POLICIES), default=list(policies.POLICIES))
+    parser.add_argument("--policies", nargs="*", choices=list(policies.POLICIES), default=policies.MASKS_ALONE)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.6, 0.45, 0.3])
     parser.add_argument("--videos", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=2, help="videos of a prompt")
@@ -505,6 +528,7 @@ def main() -> None:
     parser.add_argument("--rows-per-block", type=int, default=128)
     parser.add_argument("--steps", type=int, default=sampler.STEPS)
     parser.add_argument("--arch", nargs="+", default=["sm_90a"], help="GPU architectures to compile for")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks to generate")
     parser.add_argument("--workers", type=int, default=4, help="compiles at once")
     parser.add_argument("--json", type=pathlib.Path, help="file for everything that was measured")
     parser.add_argument("--picture", type=pathlib.Path, help="PNG to write: dense beside sparse")

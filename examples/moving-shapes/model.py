@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 
@@ -25,14 +28,20 @@ CONFIG: dict[str, Any] = {
     "ffn_dim": 704,
     "num_layers": 6,
 }
+BACKENDS = {
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+"""Orders of torch's own attention kernels, by the first of them."""
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 """What `train.py` made."""
 
 
-def build(seed: int) -> WanTransformer3DModel:
+def build(seed: int) -> Any:
     """A model to train: blocks begin near the identity, the output at zero."""
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(**CONFIG)
+    # Any: diffusers says little of its classes to type checkers.
+    model: Any = WanTransformer3DModel(**CONFIG)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -49,7 +58,7 @@ def build(seed: int) -> WanTransformer3DModel:
     return model
 
 
-def load(folder: pathlib.Path = WEIGHTS, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3DModel:
+def load(folder: pathlib.Path = WEIGHTS, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The trained model; norms and time embedding stay in float32, as diffusers keeps them."""
     model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
     return model.eval().requires_grad_(False)
@@ -65,3 +74,10 @@ def velocity(model: nn.Module, video: Tensor, sigma: Tensor, ids: Tensor) -> Ten
     """
     words = data.embed(ids).to(video.dtype)
     return model(video, sigma * 1000.0, words, return_dict=False)[0]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """In here torch's own attention takes the first kernel of `BACKENDS[name]` that can run."""
+    with sdpa_kernel(BACKENDS[name], set_priority=True):
+        yield

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import baselines
-import traces
+from traces import Evidence
 
 ANCHORS = 5
 # A bisection ends this near to the density that was asked for.
@@ -32,7 +32,7 @@ class Job:
     """What policies choose from."""
 
     traces: pathlib.Path
-    evidence: traces.Evidence
+    evidence: Evidence
     grid: baselines.Grid
     folder: pathlib.Path
     """Where specs, masks and bundles go."""
@@ -149,6 +149,8 @@ POLICIES: dict[str, Callable[[Job, str, float], calibc.Bundle]] = {
     "calibatt-anchors": lambda job, name, density: calibatt(job, name, density, PAPER_ANCHORS),
 }
 """Policies by name."""
+MASKS_ALONE = [name for name in POLICIES if not name.endswith("-anchors")]
+"""Those without anchor rows."""
 INGREDIENTS: dict[str, Callable[[Job, str, float], calibc.Bundle]] = {
     "rows of D2": deviation_rows,
     "energy": lambda job, name, density: budget(job, name, density, importance="energy", **_UNIFORM),

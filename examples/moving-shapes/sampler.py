@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 import model as models
@@ -27,7 +29,7 @@ def noise(seeds: list[int], frames: int = models.FRAMES, size: int = models.SIZE
 
 @torch.no_grad()
 def sample(
-    transformer: nn.Module,
+    transformer: Any,
     ids: Tensor,
     start: Tensor,
     *,
@@ -40,7 +42,7 @@ def sample(
     """Videos, [B, 3, frames, size, size] in float32, about -1..1.
 
     Args:
-        transformer: On some device, in some type.
+        transformer: The model, on some device, in some type.
         ids: Prompts, [B, data.TOKENS].
         start: Noise, [B, 3, frames, size, size].
         steps: Euler steps from noise to video.

@@ -16,30 +16,23 @@ import time
 _STARTED = time.monotonic()
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import pathlib  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import data  # noqa: E402
 import model as models  # noqa: E402
 import pictures  # noqa: E402
 import sampler  # noqa: E402
 
-BACKENDS = {
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-}
 PROMPT_DROPOUT = 0.1
 WARMUP = 200
 EMA_DECAY = 0.999
@@ -245,7 +238,7 @@ def train(trainer: Trainer, args: argparse.Namespace) -> None:
 def show(trainer: Trainer, args: argparse.Namespace) -> None:
     """A contact sheet of what was saved."""
     stage, count, start = trainer.stages[-1], args.samples, time.monotonic()
-    with backend(args.sdpa):
+    with models.backend(args.sdpa):
         model = models.load(args.out, torch.bfloat16).to(trainer.device)
         ids = data.prompts(count, seed=1)
         noise = sampler.noise(list(range(count)), stage.frames, stage.size)
@@ -258,9 +251,9 @@ def show(trainer: Trainer, args: argparse.Namespace) -> None:
 def smoke(trainer: Trainer, args: argparse.Namespace) -> None:
     """Times a few steps of every stage, and samples once."""
     # Compiled steps take their time to compile: those with one backend only.
-    for name in [args.sdpa] if args.compile else sorted(BACKENDS):
+    for name in [args.sdpa] if args.compile else sorted(models.BACKENDS):
         for i, stage in enumerate(trainer.stages):
-            with backend(name):
+            with models.backend(name):
                 first = timed(trainer, stage, 1)
                 timed(trainer, stage, 2)
                 ms = timed(trainer, stage, 6) / 6 * 1e3
@@ -276,13 +269,6 @@ def timed(trainer: Trainer, stage: Stage, steps: int) -> float:
         loss = trainer.train_step(stage, 1e-4)
     loss.item()
     return time.monotonic() - start
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Attention of torch in the order of a name of `BACKENDS`."""
-    with sdpa_kernel(BACKENDS[name], set_priority=True):
-        yield
 
 
 def say(log: Any, line: dict[str, Any]) -> None:
@@ -317,7 +303,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
-    parser.add_argument("--sdpa", choices=sorted(BACKENDS), default="flash")
+    parser.add_argument("--sdpa", choices=sorted(models.BACKENDS), default="cudnn")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--sample-steps", type=int, default=sampler.STEPS)
@@ -332,7 +318,7 @@ def main() -> None:
     if args.smoke:
         smoke(trainer, args)
     else:
-        with backend(args.sdpa):
+        with models.backend(args.sdpa):
             train(trainer, args)
     show(trainer, args)
 
