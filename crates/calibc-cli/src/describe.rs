@@ -136,6 +136,11 @@ fn loss(report: &Value) -> String {
     // The unit is that of the weights, and any size is possible.
     let loss = if (0.1..1e6).contains(&loss) { format!("{loss:.4}") } else { format!("{loss:.3e}") };
     let mut text = format!("loss      {loss} predicted");
+    if let (Some(found), Some(predicted)) = (number("/overall/judged/loss"), number("/overall/judged/predicted"))
+        && predicted > 0.0
+    {
+        text += &format!(", {:.2} times that on other prompts", found / predicted);
+    }
     // Every step has its threshold; they differ only where a floor of steps holds.
     let thresholds = report.pointer("/budget/thresholds").and_then(Value::as_array);
     let values: Vec<f64> = thresholds.into_iter().flatten().filter_map(Value::as_f64).collect();

@@ -1,6 +1,6 @@
 //! The report's numbers as they are stored in a bundle.
 
-use calibc_opt::{Group, HeadWeights, Importance, OpCounts, Report, StepWeights};
+use calibc_opt::{Group, HeadWeights, Importance, Judged, OpCounts, Report, StepWeights};
 use serde_json::{Value, json};
 
 /// The report as JSON:
@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 /// { basis, prompts, evaluated_steps, masks, overall: group, layers: [group], steps: [group],
 ///   anchors: { anchors, sites, evaluated, mean_similarity, mean_error } | null,
 ///   weighed: { importance, step_weights, head_weights, steps: [weight] } | null, budget: budget | null, warnings: [text] }
-/// group  = { ops: { dense, block_sparse, anchor_rows }, density, recall: recall | null, loss: number | null }
+/// group  = { ops: { dense, block_sparse, anchor_rows }, density, recall: recall | null, loss: number | null,
+///            judged: { loss, predicted } | null }
 /// budget = { target, density, floor, anchors, anchor_sites, held_steps: [step], thresholds: [number | null], prices: [number] }
 /// recall = { rows, mean, p5, worst: { recall, site, q_block, prompt } }
 /// ```
@@ -62,7 +63,7 @@ pub(crate) fn report_json(report: &Report) -> Value {
 }
 
 fn group(group: &Group) -> Value {
-    let Group { ops: OpCounts { dense, block_sparse, anchor_rows }, density, recall, loss } = group;
+    let Group { ops: OpCounts { dense, block_sparse, anchor_rows }, density, recall, loss, judged } = group;
     json!({
         "ops": { "dense": dense, "block_sparse": block_sparse, "anchor_rows": anchor_rows },
         "density": density,
@@ -78,5 +79,6 @@ fn group(group: &Group) -> Value {
             },
         })),
         "loss": loss,
+        "judged": judged.map(|Judged { loss, predicted }| json!({ "loss": loss, "predicted": predicted })),
     })
 }

@@ -49,5 +49,5 @@ pub use policy::{
     Budget, CalibAtt, Explicit, HeadWeights, Importance, MaskSource, OverPrompts, Policy, Repetition, SiteMask,
     StepWeights,
 };
-pub use report::{AnchorReport, Basis, Group, OpCounts, Recall, Report, WorstRow, recall_report};
+pub use report::{AnchorReport, Basis, Group, Judged, OpCounts, Recall, Report, WorstRow, recall_report};
 pub use scoring::Weighed;

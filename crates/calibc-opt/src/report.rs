@@ -11,7 +11,7 @@ use crate::hooks::{Hooks, Watch, Work};
 use crate::passes::budget::Selection;
 use crate::passes::protect::{empty_rows, fill_rows, protect_text};
 use crate::passes::sources;
-use crate::policy::{Budget, CalibAtt, Policy};
+use crate::policy::{Budget, CalibAtt, OverPrompts, Policy};
 use crate::scoring::{Scoring, SiteScores, Weighed, for_each_free, key};
 
 /// Which prompts judge the plan.
@@ -82,6 +82,18 @@ pub struct Group {
     /// The loss that what its sites drop is predicted to cost, by the calibration prompts; `None` where it is not known. With
     /// measured sensitivities and deviations: squared error of the result, summed over sites as if their errors were independent.
     pub loss: Option<f64>,
+    /// The same for its block-sparse sites at evaluated steps, by the prompts that judge; `None` where none was measured, and where
+    /// losses are of the prompt that suffers most.
+    pub judged: Option<Judged>,
+}
+
+/// A predicted loss put to the test.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Judged {
+    /// Mean loss of the prompts that judge, under masks that they did not choose.
+    pub loss: f64,
+    /// What the calibration prompts predict for the same sites.
+    pub predicted: f64,
 }
 
 /// Sites by op.
@@ -158,7 +170,7 @@ fn report(
     watch: Watch<'_>,
 ) -> Result<Report, OptError> {
     let scoring = scoring(plan, policy, evidence)?;
-    let judge = Judge::new(plan, policy, selection.zip(scoring.as_ref()), evidence);
+    let judge = Judge::new(plan, policy, selection, scoring.as_ref(), evidence);
     let evaluated_steps = if judge.basis == Basis::None { Vec::new() } else { evidence.covered().to_vec() };
     if let Some(&step) = evaluated_steps.iter().find(|step| step.0 >= plan.num_steps()) {
         return Err(OptError::CoveredStep { step, steps: plan.num_steps() });
@@ -188,18 +200,29 @@ fn report(
     let layer_sites = (plan.model.layers * plan.model.heads) as usize;
     let losses = scoring.as_ref().map_or(0, |_| evidence.covered().len() * layer_sites);
     let work = watch.work("report", (sparse.len() + anchor_sites.len() + losses) as u64);
+    let mut judged: Vec<(Site, f64)> = Vec::new();
     for chunk in sparse.chunks(CHUNK) {
-        let measured = work.map(chunk.par_iter(), |&(site, mask)| judge.recalls(site, mask))?;
-        for (&(site, _), recalls) in chunk.iter().zip(measured) {
+        let measured = work.map(chunk.par_iter(), |&(site, mask)| judge.measure(site, mask))?;
+        for (&(site, _), Measured { recalls, loss }) in chunk.iter().zip(measured) {
             for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
                 group.recalls(site, &recalls, judge.shape.0);
             }
+            judged.extend(loss.map(|loss| (site, loss)));
         }
     }
     if let Some(scoring) = &scoring {
-        for (site, loss) in plan.sites().zip(predicted_losses(plan, scoring, evidence, &work)?) {
+        let losses = predicted_losses(plan, scoring, evidence, &work)?;
+        for (site, &loss) in plan.sites().zip(&losses) {
             for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
                 group.loss = group.loss.zip(loss).map(|(sum, loss)| sum + loss);
+            }
+        }
+        for (site, loss) in judged {
+            let Some(predicted) = losses[plan.site_index(site)] else { continue };
+            for group in [&mut overall, &mut layers[site.layer.index()], &mut steps[site.step.index()]] {
+                let sum = group.judged.get_or_insert(Judged { loss: 0.0, predicted: 0.0 });
+                sum.loss += loss;
+                sum.predicted += predicted;
             }
         }
     }
@@ -306,9 +329,19 @@ struct Judge<'a> {
     basis: Basis,
     /// How masks are chosen anew, where they must be.
     choice: Option<Choice<'a>>,
+    /// What says how much is lost on a prompt.
+    scoring: Option<&'a Scoring>,
     split: Split,
     prompts: usize,
     shape: Shape,
+}
+
+/// What was measured at one site.
+struct Measured {
+    /// Of every row, prompt by prompt.
+    recalls: Vec<f64>,
+    /// The mean over the prompts.
+    loss: Option<f64>,
 }
 
 /// How masks are chosen without a prompt.
@@ -322,11 +355,12 @@ impl<'a> Judge<'a> {
     fn new(
         plan: &'a Plan,
         policy: &Policy,
-        found: Option<(&'a Selection, &'a Scoring)>,
+        selection: Option<&'a Selection>,
+        scoring: Option<&'a Scoring>,
         evidence: &'a dyn Evidence,
     ) -> Self {
         let [calibration, holdout] = [Split::Calibration, Split::Holdout].map(|split| evidence.prompts(split));
-        let (basis, choice) = match (policy, found) {
+        let (basis, choice) = match (policy, selection.zip(scoring)) {
             _ if evidence.covered().is_empty() || holdout + calibration == 0 => (Basis::None, None),
             _ if holdout > 0 => (Basis::Holdout, None),
             (Policy::CalibAtt(recipe), _) if calibration > 1 => (Basis::LeaveOneOut, Some(Choice::CalibAtt(*recipe))),
@@ -340,12 +374,15 @@ impl<'a> Judge<'a> {
             Basis::LeaveOneOut | Basis::Calibration => (Split::Calibration, calibration),
             Basis::None => (Split::Calibration, 0),
         };
-        Self { plan, evidence, basis, choice, split, prompts, shape: shape_of(plan) }
+        // Prompts that chose the masks are no test of what they predicted, and a mean is none of a maximum.
+        let tests = matches!(basis, Basis::Holdout | Basis::LeaveOneOut);
+        let scoring = scoring.filter(|scoring| tests && scoring.over_prompts == OverPrompts::Mean);
+        Self { plan, evidence, basis, choice, scoring, split, prompts, shape: shape_of(plan) }
     }
 
-    /// Recall of every row, prompt by prompt.
-    fn recalls(&self, site: Site, mask: MaskId) -> Result<Vec<f64>, OptError> {
+    fn measure(&self, site: Site, mask: MaskId) -> Result<Measured, OptError> {
         let rows = self.shape.0;
+        let mut dropped = 0.0;
         let mut recalls = Vec::with_capacity(self.prompts * rows as usize);
         let chosen = self.choice.map(|choice| self.chosen_without_each(choice, site)).transpose()?;
         for prompt in 0..self.prompts {
@@ -355,8 +392,13 @@ impl<'a> Judge<'a> {
                 None => &self.plan.masks[mask],
             };
             recalls.extend((0..rows).map(|r| energy.recall(mask, r)));
+            if let Some(scoring) = self.scoring {
+                let importance = scoring.importance_of(self.evidence, self.split, prompt, site)?;
+                for_each_free(mask, &importance, |_, _, value| dropped += value);
+            }
         }
-        Ok(recalls)
+        let loss = self.scoring.map(|scoring| scoring.weight(site) * dropped / self.prompts as f64);
+        Ok(Measured { recalls, loss })
     }
 
     /// The masks that are chosen without each prompt in turn.
@@ -405,6 +447,7 @@ struct Sums {
     ops: OpCounts,
     density: f64,
     loss: Option<f64>,
+    judged: Option<Judged>,
     rows: u64,
     recall: f64,
     worst: Option<WorstRow>,
@@ -414,7 +457,16 @@ struct Sums {
 impl Default for Sums {
     fn default() -> Self {
         let ops = OpCounts::default();
-        Self { ops, density: 0.0, loss: Some(0.0), rows: 0, recall: 0.0, worst: None, histogram: Vec::new() }
+        Self {
+            ops,
+            density: 0.0,
+            loss: Some(0.0),
+            judged: None,
+            rows: 0,
+            recall: 0.0,
+            worst: None,
+            histogram: Vec::new(),
+        }
     }
 }
 
@@ -451,6 +503,6 @@ impl Sums {
             let p5 = bin.unwrap_or(0) as f64 / PER_BIN;
             Recall { rows: self.rows, mean: self.recall / self.rows as f64, p5, worst }
         });
-        Group { ops: self.ops, density, recall, loss: self.loss.filter(|_| predicted) }
+        Group { ops: self.ops, density, recall, loss: self.loss.filter(|_| predicted), judged: self.judged }
     }
 }

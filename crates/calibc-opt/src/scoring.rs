@@ -63,7 +63,7 @@ pub(crate) struct Scoring {
     heads: Vec<f64>,
     /// The largest `w * u` of the plan: scores are relative to it, and so never leave the range of `f32`.
     pub(crate) largest: f64,
-    over_prompts: OverPrompts,
+    pub(crate) over_prompts: OverPrompts,
     row_recall: f64,
     geometry: Geometry,
     shape: Shape,
@@ -153,11 +153,18 @@ impl Scoring {
         self.weight(site) / self.largest
     }
 
-    fn importance_of(&self, evidence: &dyn Evidence, prompt: usize, source: Site) -> Result<Vec<f64>, OptError> {
+    /// The importances at `source`, the covered step of a site, of one prompt.
+    pub(crate) fn importance_of(
+        &self,
+        evidence: &dyn Evidence,
+        split: Split,
+        prompt: usize,
+        source: Site,
+    ) -> Result<Vec<f64>, OptError> {
         Ok(match self.weighed.importance {
-            Importance::Deviation => evidence.deviation_of(Split::Calibration, prompt, source, self.shape)?.values,
+            Importance::Deviation => evidence.deviation_of(split, prompt, source, self.shape)?.values,
             Importance::Energy => {
-                let mut energy = evidence.energy_of(Split::Calibration, prompt, source, self.shape)?.values;
+                let mut energy = evidence.energy_of(split, prompt, source, self.shape)?.values;
                 energy.iter_mut().for_each(|e| *e *= *e);
                 energy
             }
@@ -169,7 +176,7 @@ impl Scoring {
         let prompts = evidence.prompts(Split::Calibration);
         let mut all = vec![0.0; self.blocks()];
         for prompt in 0..prompts {
-            fold(self.over_prompts, &mut all, &self.importance_of(evidence, prompt, source)?);
+            fold(self.over_prompts, &mut all, &self.importance_of(evidence, Split::Calibration, prompt, source)?);
         }
         Ok(finish(self.over_prompts, all, prompts))
     }
@@ -192,7 +199,7 @@ impl Scoring {
         let (mut energies, mut importances) = (Vec::new(), Vec::new());
         for prompt in 0..prompts {
             energies.push(evidence.energy_of(Split::Calibration, prompt, source, self.shape)?.values);
-            importances.push(self.importance_of(evidence, prompt, source)?);
+            importances.push(self.importance_of(evidence, Split::Calibration, prompt, source)?);
         }
         let energies = others(OverPrompts::Mean, energies);
         let importances = others(self.over_prompts, importances);

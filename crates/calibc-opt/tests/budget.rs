@@ -491,15 +491,16 @@ proptest! {
         }
         // Each prompt under what the others make of the same threshold.
         if everybody.len() < 2 {
-            prop_assert_eq!(report.basis, Basis::Calibration);
+            prop_assert_eq!((report.basis, report.overall.judged), (Basis::Calibration, None));
             return Ok(());
         }
         prop_assert_eq!(report.basis, Basis::LeaveOneOut);
-        let mut recalls = Vec::new();
+        let (mut recalls, mut judged, mut predicted) = (Vec::new(), 0.0, 0.0);
         for site in plan.sites().filter(|site| case.mock.covered.contains(&site.step)) {
             if !matches!(plan.op(site), AttnOp::BlockSparse { .. }) {
                 continue;
             }
+            predicted += loss(site);
             let cut = selection.thresholds[site.step.index()].map(|t| (t / case.largest()) as f32);
             for &left_out in &everybody {
                 let others: Vec<usize> = everybody.iter().copied().filter(|&p| p != left_out).collect();
@@ -508,8 +509,18 @@ proptest! {
                 let mask = BlockMask::from_fn(forced.rows(), cols, |r, c| {
                     forced.get(r, c) || cut.is_some_and(|cut| scores[(r * cols + c) as usize] >= cut)
                 });
+                let alone = (0..).zip(case.importance(site, &[left_out]));
+                let dropped: f64 = alone.filter(|(i, _)| !mask.get(i / cols, i % cols)).map(|(_, value)| value).sum();
+                judged += case.weight(site) * dropped / everybody.len() as f64;
                 let energy = &case.mock.calibration[left_out][&site];
                 recalls.extend((0..energy.rows).map(|r| energy.recall(&mask, r)));
+            }
+        }
+        match report.overall.judged {
+            None => prop_assert!(recalls.is_empty() || case.budget.over_prompts == OverPrompts::Max),
+            Some(found) => {
+                prop_assert!(close(Some(found.predicted), predicted));
+                prop_assert!((found.loss - judged).abs() <= 0.05 * judged + 1e-9, "{:?} for {}", found, judged);
             }
         }
         match report.overall.recall {

@@ -231,6 +231,9 @@ fn a_budget_is_met_and_says_where_it_went() {
         bench.ok(&["compile", "rich", "-o", "a.bundle", "--spec", "spec.yaml", "--json"]).json("compile")["report"],
         *report
     );
+    // Prompts that did not choose the plan lose about what was predicted.
+    let held_out = number("/overall/judged/loss") / number("/overall/judged/predicted");
+    assert!((0.5..2.0).contains(&held_out) && ended.stdout.contains(" times that on other prompts"), "{held_out}");
     // The effective spec, every field filled in, compiles to the same bundle again.
     let effective = bench.ok(&["inspect", "a.bundle", "--spec"]).stdout;
     assert!(effective.contains("anchors: 5") && effective.contains("missing: warn"), "{effective}");

@@ -17,6 +17,8 @@ pub struct Mock {
     pub error: BTreeMap<Site, f64>,
     /// Per calibration prompt, by site; empty: not recorded.
     pub deviation: Vec<BTreeMap<Site, BlockEnergy>>,
+    /// Per holdout prompt, by site.
+    pub holdout_deviation: Vec<BTreeMap<Site, BlockEnergy>>,
     /// By site, per calibration prompt.
     pub errors: BTreeMap<Site, Vec<f64>>,
     /// Of steps, and of heads by site.
@@ -143,8 +145,11 @@ impl Calibration for Mock {
         layer: LayerId,
         head: HeadId,
     ) -> Result<Option<BlockEnergy>, Absent> {
-        assert_eq!(split, Split::Calibration, "nobody else says what blocks are worth");
-        Ok(self.deviation[prompt].get(&Site { step, layer, head }).cloned())
+        let of_prompts = match split {
+            Split::Calibration => &self.deviation,
+            Split::Holdout => &self.holdout_deviation,
+        };
+        Ok(of_prompts[prompt].get(&Site { step, layer, head }).cloned())
     }
 
     fn sensitivity(&self) -> Option<Sensitivity<'_>> {
