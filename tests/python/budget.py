@@ -8,14 +8,21 @@ literal rather than fast: all scores of all sites are in memory at once, and sor
     recipe.py --compare A B                                  exit status 1 and a list if any tensor differs
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import recipe
+from numpy.typing import NDArray
 from recipe import ANCHOR_ROWS, BLOCK, BLOCK_SPARSE, DENSE
+
+Site = tuple[int, int, int]
+"""Step, layer and head."""
 
 # Prices that are tried: float32 numbers whose lower 16 bits are 0, from 0 up, beyond any score.
 GRID = 0x5000
@@ -41,15 +48,15 @@ class Policy:
 # --- Evidence.
 
 
-def together(values, over):
-    """One array for those of all prompts."""
+def together(values: Sequence[NDArray[np.float64]], over: str) -> NDArray[np.float64]:
+    """One array for those of all prompts, of the same shape."""
     total = np.zeros_like(values[0])
     for value in values:
         total = total + value if over == "mean" else np.maximum(total, value)
     return total / len(values) if over == "mean" else total
 
 
-def weights(trace, policy):
+def weights(trace: recipe.Trace, policy: Policy) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """w [steps] and u [steps, layers, heads]."""
     measured = None
     if "sensitivity" in trace.manifest:
@@ -65,7 +72,7 @@ def weights(trace, policy):
     return w, u
 
 
-def computed_queries(trace, anchors):
+def computed_queries(trace: recipe.Trace, anchors: int) -> int:
     """How many queries a head at `anchors` anchor rows per frame computes."""
     grid = [(f, y, x) for f in range(trace.frames) for y in range(trace.height) for x in range(trace.width)]
     tf, th, tw = trace.tile
@@ -80,14 +87,16 @@ def computed_queries(trace, anchors):
 
 
 class Evidence:
-    """What a trace says of every site of its covered steps."""
+    """What a trace says of every site of its covered steps: importances and floors [q_blocks, kv_blocks], errors of anchor rows."""
 
-    def __init__(self, trace, policy):
+    def __init__(self, trace: recipe.Trace, policy: Policy) -> None:
         column = None
         if policy.anchors in trace.manifest.get("anchor_counts", []):
             column = trace.manifest["anchor_counts"].index(policy.anchors)
         text = trace.text_blocks()
-        self.importance, self.forced, self.error = {}, {}, {}
+        self.importance: dict[Site, NDArray[np.float64]] = {}
+        self.forced: dict[Site, NDArray[np.bool_]] = {}
+        self.error: dict[Site, float] = {}
         shards = {step: [trace.shard(step, prompt) for prompt in trace.prompts] for step in trace.covered}
         every = [shard for of_step in shards.values() for shard in of_step]
         # Deviations count where every prompt has them, the ones held out too.
@@ -121,8 +130,13 @@ class Evidence:
 # --- The selection.
 
 
-def forms(scores, forced, relative, error, anchored_blocks):
-    """By price: the blocks that a site's mask keeps, and whether the site does better at anchor rows."""
+def forms(
+    scores: NDArray[np.float32], forced: NDArray[np.bool_], relative: float, error: float | None, anchored_blocks: float
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """By price, [GRID + 1]: the blocks that a site's mask keeps, and whether the site does better at anchor rows.
+
+    scores, forced [q_blocks, kv_blocks]; `error` is the squared relative error at anchor rows, which do the work of `anchored_blocks`.
+    """
     free = scores[~forced]
     counts = np.bincount(free.view(np.uint32) >> 16, minlength=GRID)[:GRID]
     kept = int(forced.sum()) + np.concatenate([np.cumsum(counts[::-1])[::-1], [0]])
@@ -137,14 +151,14 @@ def forms(scores, forced, relative, error, anchored_blocks):
     return kept, better
 
 
-def lowest_price(cost, budget):
-    """The lowest price whose cost is within the budget, else the highest."""
+def lowest_price(cost: NDArray[np.object_], budget: int) -> int:
+    """The lowest price, as a place of the grid, whose cost is within the budget, else the highest."""
     within = [place for place in range(GRID + 1) if cost[place] <= budget]
     return within[0] if within else GRID
 
 
-def select(trace, policy):
-    """All masks and ops of the plan, as tensors by name."""
+def select(trace: recipe.Trace, policy: Policy) -> dict[str, NDArray[np.uint8]]:
+    """All masks [heads, q_blocks, kv_blocks] and ops [heads] of the plan, by name."""
     evidence = Evidence(trace, policy)
     w, u = weights(trace, policy)
     weight = w[:, None, None] * u
@@ -156,7 +170,8 @@ def select(trace, policy):
     sites = [(t, l, h) for t in range(trace.steps) for l in range(trace.layers) for h in range(trace.heads)]
     source = {site: (trace.nearest_covered(site[0]), *site[1:]) for site in sites}
 
-    scores, better = {}, {}
+    scores: dict[Site, NDArray[np.float32]] = {}
+    better: dict[Site, NDArray[np.bool_]] = {}
     cost = np.zeros((trace.steps, GRID + 1), object)
     for site in sites:
         forced = evidence.forced[source[site]]
@@ -170,7 +185,7 @@ def select(trace, policy):
     dense = heads * blocks * trace.tokens
     budget = min(math.floor(policy.density * float(trace.steps * dense)), trace.steps * dense)
     floor = min(math.ceil(policy.step_floor * float(dense)), dense)
-    held = set()
+    held: set[int] = set()
     while True:
         free = [step for step in range(trace.steps) if step not in held]
         rest = max(budget - len(held) * floor, 0)
@@ -214,7 +229,7 @@ def select(trace, policy):
     return tensors
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Masks of the policy `budget`, by NumPy.")
     parser.add_argument("traces", help="a trace folder")
     parser.add_argument("-o", "--output", required=True, help="the masks, as a safetensors file")

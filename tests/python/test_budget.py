@@ -1,5 +1,7 @@
 """The reference of `budget` against values worked by hand, and calibc's masks against the reference."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import tempfile
@@ -14,12 +16,12 @@ TRACES = Path(__file__).resolve().parents[2] / "examples" / "traces"
 
 
 class ByHand(unittest.TestCase):
-    def test_prompts_together(self):
+    def test_prompts_together(self) -> None:
         values = [np.array([1.0, 4.0]), np.array([3.0, 0.0])]
         self.assertEqual(budget.together(values, "mean").tolist(), [2.0, 2.0])
         self.assertEqual(budget.together(values, "max").tolist(), [3.0, 4.0])
 
-    def test_the_form_of_a_site_at_a_price(self):
+    def test_the_form_of_a_site_at_a_price(self) -> None:
         # Two blocks stay anyway; of the others, at a price of 0.3 the two of 0.5 stay and the four of 0.125 go.
         scores = np.array([[9, 0.5, 0.125, 0.125], [0.125, 0.125, 0.5, 9]], np.float32)
         forced = scores > 1
@@ -32,14 +34,14 @@ class ByHand(unittest.TestCase):
             _, better = budget.forms(scores, forced, 1.0, error, 1.0)
             self.assertEqual(bool(better[place]), wins)
 
-    def test_queries_at_anchor_rows(self):
+    def test_queries_at_anchor_rows(self) -> None:
         trace = recipe.Trace(TRACES)
         self.assertEqual(budget.computed_queries(trace, 5), 16 * 5 * 32)
         trace.frames, trace.height, trace.width, trace.video, trace.text = 1, 4, 64, 256, 10
         # A text block of its own: its 10 tokens, and one anchor row of two.
         self.assertEqual(budget.computed_queries(trace, 2), 2 * 64 + 10)
 
-    def test_a_plan_of_its_density(self):
+    def test_a_plan_of_its_density(self) -> None:
         trace = recipe.Trace(TRACES)
         tensors = budget.select(trace, budget.Policy(0.3, anchors=0))
         kept = sum(int(masks.sum()) for name, masks in tensors.items() if not name.endswith(".op"))
@@ -48,7 +50,7 @@ class ByHand(unittest.TestCase):
 
 @unittest.skipUnless("CALIBC_BIN" in os.environ, "CALIBC_BIN does not name a calibc to compare with")
 class AgainstCalibc(unittest.TestCase):
-    def test_masks_are_equal_bit_for_bit(self):
+    def test_masks_are_equal_bit_for_bit(self) -> None:
         calibc = os.environ["CALIBC_BIN"]
         for density, more in [(0.45, {}), (0.3, {"step_floor": 0.25, "row_recall": 0.3, "anchors": 0})]:
             with self.subTest(density=density), tempfile.TemporaryDirectory() as folder:
