@@ -329,6 +329,18 @@ impl Groups {
     fn anchored(&self, step: u32, span: Span) -> bool {
         span.contains(self.prices[self.of[step as usize]])
     }
+
+    /// Where the scores of each group are cut, or the bucket that must be looked into.
+    fn cuts(&self, sweep: &Sweep<'_>, counts: &[Count]) -> Vec<Result<Cut, usize>> {
+        let cut = |(count, &(units, up)): (&Count, &(u128, bool))| {
+            let (forced, anchored) = (count.forced.load(Relaxed), count.anchored.load(Relaxed));
+            let rest = units.saturating_sub(sweep.bound(0).units_of(forced, anchored));
+            let block = u128::from(sweep.block_units);
+            let wanted = if up { rest.div_ceil(block) } else { rest / block };
+            count.cut(wanted.min(u128::from(u64::MAX)) as u64)
+        };
+        counts.iter().zip(&self.targets).map(cut).collect()
+    }
 }
 
 /// Chooses an op for every site.
@@ -421,20 +433,6 @@ pub(crate) fn select(budget: &Budget, plan: &mut Plan, cx: &Context<'_>) -> Resu
     // Steps that are held up round up to a block.
     let rounding = selection.held.len() as u128 * u128::from(sweep.block_units);
     Ok(selection.with_shortfall(done > units + rounding, budget))
-}
-
-impl Groups {
-    /// Where the scores of each group are cut, or the bucket that must be looked into.
-    fn cuts(&self, sweep: &Sweep<'_>, counts: &[Count]) -> Vec<Result<Cut, usize>> {
-        let cut = |(count, &(units, up)): (&Count, &(u128, bool))| {
-            let (forced, anchored) = (count.forced.load(Relaxed), count.anchored.load(Relaxed));
-            let rest = units.saturating_sub(sweep.bound(0).units_of(forced, anchored));
-            let block = u128::from(sweep.block_units);
-            let wanted = if up { rest.div_ceil(block) } else { rest / block };
-            count.cut(wanted.min(u128::from(u64::MAX)) as u64)
-        };
-        counts.iter().zip(&self.targets).map(cut).collect()
-    }
 }
 
 impl Selection {
