@@ -168,22 +168,45 @@ def slices(tokens: int) -> list[slice]:
     return [slice(at, min(at + BLOCK, tokens)) for at in range(0, tokens, BLOCK)]
 
 
+def definitions(p: Tensor, v: Tensor, rows: list[slice], columns: list[slice]) -> tuple[Tensor, Tensor]:
+    """D2 and energy [rows, columns] of one head by their definitions."""
+    deviation, energy = (torch.empty(len(rows), len(columns), dtype=torch.float64) for _ in range(2))
+    for (r, at), (c, among) in itertools.product(enumerate(rows), enumerate(columns)):
+        part, mass, out = p[at, among] @ v[among], p[at, among].sum(-1, keepdim=True), p[at] @ v
+        deviation[r, c] = (part - mass * out).square().sum() / out.square().sum()
+        energy[r, c] = mass.sum()
+    return deviation, energy
+
+
+def least(deviation: Tensor, energy: Tensor, share: float) -> Tensor:
+    """What is dropped of one head: bool [rows, columns]."""
+    rows, columns = deviation.shape
+    strongest = {(r, int(energy[r].argmax())) for r in range(rows)}
+    others = [at for at in itertools.product(range(rows), range(columns)) if at not in strongest]
+    drop = torch.zeros(rows, columns, dtype=torch.bool)
+    for at in sorted(others, key=lambda at: float(deviation[at]))[: int(share * rows * columns)]:
+        drop[at] = True
+    return drop
+
+
+def without(p: Tensor, drop: Tensor, rows: list[slice], columns: list[slice]) -> Tensor:
+    """Probabilities of one head without blocks."""
+    kept = p.clone()
+    for r, c in drop.nonzero().tolist():
+        kept[rows[r], columns[c]] = 0
+    return kept / kept.sum(-1, keepdim=True)
+
+
 def closed_form(model: Tiny, head: Head, kind: str, values: int) -> float:
     """u of one head of the linear model, whose errors stay with their tokens."""
     blocks, out = slices(model.tokens), head.out
-    above = below = 0.0
-    for rows in blocks:
-        norm = float(out[rows].square().sum())
-        if kind == "noise":
-            above += norm / model.head_dim * float(head.m.square().sum())
-            below += 1
-            continue
-        for columns in blocks:
-            part = head.p[rows, columns]
-            apart = part @ head.v[columns] - part.sum(-1, keepdim=True) * out[rows]
-            above += float((apart @ head.m.T).square().sum())
-            below += float(apart.square().sum()) / norm
-    return above / values / below
+    if kind == "noise":
+        norms = torch.stack([out[rows].square().sum() for rows in blocks])
+        return float(norms.mean() / model.head_dim * head.m.square().sum()) / values
+    deviation, energy = definitions(head.p, head.v, blocks, blocks)
+    drop = least(deviation, energy, SensitivityConfig().dropped)
+    change = without(head.p, drop, blocks, blocks) @ head.v - out
+    return float((change @ head.m.T).square().sum() / deviation[drop].sum()) / values
 
 
 class ClosedForms(unittest.TestCase):
@@ -226,15 +249,15 @@ class ClosedForms(unittest.TestCase):
                         errors=kind,
                         steps=[0],
                         guidance_scale=SCALE,
-                        projections=16 if method == "gradient" else 3,
+                        projections=32 if method == "gradient" else 1,
                         head_error=0.02,
                         progress=False,
                     )
                     got = sensitivity(model.module, path / "t", sampler(model), config).head
                     # One measured step serves all.
                     self.assertTrue(torch.equal(got[0], got[2]))
-                    few = kind == "noise" and method == "gradient"
-                    torch.testing.assert_close(got[0], values, rtol=0.12 if few else 0.06, atol=0)
+                    # Six blocks x 32 projections: 10 % of standard error.
+                    torch.testing.assert_close(got[0], values, rtol=0.3 if method == "gradient" else 0.06, atol=0)
 
     def test_guidance_adds_branches_before_squares(self) -> None:
         """Errors of both branches are one error: with gradients that are alike, s of one and 1 - s of the other are 1."""
@@ -276,65 +299,63 @@ class Directions(unittest.TestCase):
         for geometry in self.GEOMETRIES:
             with self.subTest(str(geometry)):
                 q, k, v, g = self.tensors(geometry)
-                span, n = Span.of(geometry), -(-geometry.tokens // BLOCK)
-                bias = torch.zeros(2, n, n, dtype=torch.float64, requires_grad=True)
-                wide = bias.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, : q.shape[1], : q.shape[1]]
-                p = (q.double() @ k.double().mT * 0.2 + wide).softmax(-1)
-                ((p @ v.double()) * g.double()).sum().backward()
+                span, blocks = Span.of(geometry), slices(geometry.tokens)
                 rows = torch.arange(span.first, span.last)[[0, -1]]
-                response, deviation = errors.block_responses(q, k, v, g, 0.2, rows, span)
-                torch.testing.assert_close(
-                    response, bias.grad[:, rows][:, :, span.first : span.last].float(), rtol=1e-3, atol=1e-4
-                )
-                p = p.detach()
-                blocks, out = slices(geometry.tokens), p @ v.double()
+                at, columns = [blocks[r] for r in rows], blocks[span.first : span.last]
+                dropped = errors.least(q, k, v, 0.2, rows, span, 0.4)
+                response = errors.block_responses(q, k, v, g, 0.2, dropped, span)
+                self.assertEqual(response.shape, (2, 2, 1))
                 for head in range(2):
-                    want = 0.0
-                    for r, c in itertools.product(rows.tolist(), range(span.first, span.last)):
-                        at, columns = blocks[r], blocks[c]
-                        apart = p[head, at, columns] @ v[head, columns].double()
-                        apart -= p[head, at, columns].sum(-1, keepdim=True) * out[head, at]
-                        want += float(apart.square().sum() / out[head, at].square().sum())
-                    self.assertAlmostEqual(float(deviation[head]) / want, 1, 4)
+                    p = (q[head].double() @ k[head].double().T * 0.2).softmax(-1)
+                    deviation, energy = definitions(p, v[head].double(), at, columns)
+                    want = least(deviation, energy, 0.4)
+                    self.assertTrue(torch.equal(dropped.blocks[head], want) and want.any())
+                    self.assertAlmostEqual(float(dropped.deviation[head] / deviation[want].sum()), 1, 4)
+                    change = (without(p, want, at, columns) - p) @ v[head].double()
+                    error = errors.block_error(q[head], k[head], v[head], 0.2, dropped, head, span)
+                    torch.testing.assert_close(error, change.float(), rtol=1e-3, atol=1e-5)
+                    for row, tokens in enumerate(at):
+                        self.assertAlmostEqual(
+                            float(response[head, row, 0]), float((change * g[head].double())[tokens].sum()), 3
+                        )
+
+    def test_the_strongest_block_of_a_row_stays(self) -> None:
+        """Also where its deviation is least: all of a row's mass on one block."""
+        q, k, v, _ = self.tensors(self.GEOMETRIES[0])
+        k[:, :BLOCK] = 0.0
+        k[:, :BLOCK, 0], q[:, :, 0] = 30.0, 30.0
+        dropped = errors.least(q, k, v, 1.0, torch.arange(3), Span(0, 3), 0.99)
+        self.assertEqual(dropped.blocks[0].tolist(), [[False, True, True]] * 3)
 
     def test_small_chunks_are_the_same(self) -> None:
         q, k, v, g = self.tensors(self.GEOMETRIES[0])
         span, rows = Span(0, 3), torch.arange(3)
-        whole = errors.block_responses(q, k, v, g, 0.2, rows, span)
-        error = errors.block_error(q[0], k[0], v[0], 0.2, 0.5, 1, span)
-        with mock.patch.object(errors, "_CHUNK", 1):
-            for a, b in zip(whole, errors.block_responses(q, k, v, g, 0.2, rows, span), strict=True):
-                torch.testing.assert_close(a, b)
-            torch.testing.assert_close(error, errors.block_error(q[0], k[0], v[0], 0.2, 0.5, 1, span))
 
-    def test_block_errors_are_sums_of_directions(self) -> None:
-        """To first order the squares of an error's parts are those of D2, times the size squared; text stays right."""
-        for geometry in self.GEOMETRIES:
-            q, k, v, _ = self.tensors(geometry)
-            span = Span.of(geometry)
-            _, deviation = errors.block_responses(q, k, v, q, 0.2, torch.arange(span.first, span.last), span)
-            got = 0.0
-            for seed in range(128):
-                out = (q[0] @ k[0].T * 0.2).softmax(-1) @ v[0]
-                error = errors.block_error(q[0], k[0], v[0], 0.2, 1e-2, seed, span)
-                inside = span.tokens(geometry.tokens)
-                self.assertEqual(float(error[: inside.start].abs().sum() + error[inside.stop :].abs().sum()), 0)
-                got += errors.relative_error(out, out + error, span) / 128 / 1e-4
-            self.assertAlmostEqual(got / float(deviation[0]), 1, delta=0.1)
+        def everything() -> list[Tensor]:
+            dropped = errors.least(q, k, v, 0.2, rows, span, 0.5)
+            error = errors.block_error(q[1], k[1], v[1], 0.2, dropped, 1, span)
+            response = errors.block_responses(q, k, v, g, 0.2, dropped, span)
+            return [dropped.deviation, dropped.blocks.float(), error, response]
+
+        whole = everything()
+        with mock.patch.object(errors, "_CHUNK", 1):
+            for a, b in zip(whole, everything(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
     def test_noise(self) -> None:
         for geometry in self.GEOMETRIES:
             _, _, out, g = self.tensors(geometry)
-            span = Span.of(geometry)
+            span, blocks = Span.of(geometry), slices(geometry.tokens)
             error = errors.noise_error(out[0], 0.1, 3, span)
-            self.assertAlmostEqual(errors.relative_error(out[0], out[0] + error, span), 0.01 * span.count, 4)
-            response, unit = errors.noise_responses(out, g, 3, span)
-            self.assertEqual(unit.tolist(), [span.count * 4.0] * 2)
-            along = (g[0] * error)[span.tokens(geometry.tokens)].split(BLOCK)
-            for row, part in enumerate(along):
-                self.assertAlmostEqual(float(response[0, row, 0]) * 0.1, float(part.sum()), 3)
-        # A head without outputs can make no error.
-        self.assertEqual(errors.noise_responses(torch.zeros_like(out), g, 3, span)[1].tolist(), [0, 0])
+            response = errors.noise_responses(out, g, 3, span)
+            self.assertEqual(response.shape[:2], (2, span.count))
+            for row, tokens in enumerate(blocks):
+                inside = span.first <= row < span.last
+                part = float(error[tokens].square().sum() / out[0, tokens].square().sum())
+                self.assertAlmostEqual(part, 0.01 if inside else 0, 5)
+                if inside:
+                    along = float((g[0] * error)[tokens].sum())
+                    self.assertAlmostEqual(float(response[0, row - span.first, 0]) * 0.1, along, 3)
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -353,8 +374,8 @@ class EveryModel(unittest.TestCase):
                         attn.to_v.weight.view(model.heads, model.head_dim, -1)[head] *= 1.6**i
                 traced(model, path / "t", [1.0])
                 run = sampler(model, [1.0])
-                for kind in ("blocks", "noise") if name in ("wan", "mochi") else ("blocks",):
-                    few = dataclasses.replace(QUICK, steps=1, errors=kind, projections=4)
+                for kind in ("blocks", "noise") if name == "wan" else ("blocks",):
+                    few = dataclasses.replace(QUICK, steps=1, errors=kind, projections=6)
                     got = sensitivity(model.module, path / "t", run, few)
                     exact = dataclasses.replace(few, method="exact", projections=1)
                     want = sensitivity(model.module, path / "t", run, exact)
@@ -362,7 +383,8 @@ class EveryModel(unittest.TestCase):
                     self.assertEqual(got.head.shape, (1, model.layers, model.heads))
                     self.assertGreater(float(want.head.max() / want.head.min()), 2, name)
                     ratio = (got.head / want.head).log2()
-                    self.assertLess(float(ratio.abs().max()), 0.7, (name, kind))
+                    # Random attention is nearly even: all rows lose the same, which the gradient takes as independent.
+                    self.assertLess(float(ratio.abs().max()), 0.7 if kind == "noise" else 1.2, (name, kind))
                     a, b = ranks(got.head), ranks(want.head)
                     self.assertGreater(float(torch.corrcoef(torch.stack([a, b]))[0, 1]), 0.75, (name, kind))
                 self.assertEqual(_native.main(["calibc", "trace", "check", str(path / "t"), "-q"]), 0)
@@ -375,20 +397,19 @@ class EveryModel(unittest.TestCase):
             run = sampler(model, [1.0], guided=False)
             with quiet(), capture(model.module, path / "t", config) as cap, cap.prompt("a"):
                 run()
-            u = sensitivity(model.module, path / "t", run, SensitivityConfig(projections=4, progress=False)).head[0]
+            u = sensitivity(model.module, path / "t", run, SensitivityConfig(projections=8, progress=False)).head[0]
             shard = safetensors.torch.load_file(path / "t/a/s000.cond.safetensors")
             right = model(1.0)
             shape = (model.layers, model.heads, model.blocks, model.blocks)
             for layer, head in itertools.product(range(model.layers), range(model.heads)):
+                deviation, energy = (shard[f"layers.{layer}.block_{kind}"][head] for kind in ("deviation", "energy"))
                 keep = torch.ones(shape, dtype=torch.bool)
-                drop = torch.rand(shape[2:], generator=torch.Generator().manual_seed(4)) < 0.15
-                keep[layer, head] = ~drop
+                keep[layer, head] = ~(drop := least(deviation, energy, 0.5))
                 with masked(model, keep):
                     wrong = model(1.0)
                 found = float((wrong - right).double().square().mean())
-                want = float(u[layer, head] * shard[f"layers.{layer}.block_deviation"][head][drop].sum())
-                # Weights of the blocks that stay grow, to second order.
-                self.assertLess(abs(found / want - 1.3), 0.5, (layer, head))
+                want = float(u[layer, head] * deviation[drop].sum())
+                self.assertLess(abs(found / want - 1), 0.5, (layer, head))
 
 
 class Results(unittest.TestCase):
@@ -451,13 +472,13 @@ class Results(unittest.TestCase):
             run = sampler(model)
             with model.module.register_forward_pre_hook(count):
                 sensitivity(model.module, path, run, dataclasses.replace(QUICK, steps=[0, 2], projections=1))
-            # The hook sees what the sampler asks for: one generation, and one per step; and both passes of two steps, measured.
-            self.assertEqual(calls, 3 * 6 + 2 * 2)
+            # The hook sees what the sampler asks for: one generation, and one per step; and three passes at each of two steps.
+            self.assertEqual(calls, 3 * 6 + 2 * 3)
             calls = 0
             with model.module.patch_embedding.register_forward_pre_hook(count):
                 sensitivity(model.module, path, run, dataclasses.replace(QUICK, steps=[0, 2], projections=1))
             # Computed: one generation, what follows step 0, and the measured passes.
-            self.assertEqual(calls, 6 + 4 + 2 * 2)
+            self.assertEqual(calls, 6 + 4 + 2 * 3)
 
     def test_types_and_modes(self) -> None:
         """bfloat16 models, samplers under inference_mode, autocast."""
@@ -755,6 +776,7 @@ class Refusals(unittest.TestCase):
             {"velocity_noise": -1.0},
             {"head_error": float("nan")},
             {"row_blocks": 0},
+            {"dropped": 1.0},
         )
         for fields in wrong:
             with self.assertRaises(calibc.Usage):

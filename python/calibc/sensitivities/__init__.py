@@ -16,9 +16,9 @@ measured, on a few generations:
     u(t,l,h)  mean squared error of the guided velocity per unit of D2, summed over rows and blocks of the head
 
 u by `gradient`: E <z, J d>^2 = |J d|^2 for z of independent normal values (Hutchinson's estimator of the squared norm of the Jacobian
-J), where d runs over what dropping single blocks does to a head's output; one backward pass gives J' z for all heads. Kept to first order
-and without what errors of several blocks have in common, as the loss is. u by `exact`: the scores of one head are made too high or too
-low, block by block at random, and velocities are compared; 2 x layers x heads passes per step and draw, for small models and for checks.
+J), where d runs over the changes of a head's output, row block by row block, when its blocks of least D2 are dropped; one backward pass
+gives J' z for all heads. u by `exact`: these blocks are dropped, head by head, and velocities are compared; 2 x layers x heads passes
+per step and draw, for small models and for checks.
 
 With guidance a plan's masks serve both branches, and its errors are alike in both: they are added as guidance adds the branches,
 u + s (c - u), before they are squared. "Velocity" is whatever the model predicts; what samplers do beyond this sum, such as rescaling
@@ -26,7 +26,7 @@ guidance, is in w.
 
 Memory of `gradient`: the weights, the input of every block ([tokens, width] each, in the model's type), and one block's activations
 with their gradients; parameters get none. Wan 14B at 75,600 tokens: 28 + 31 GB, and some 25 GB by estimate. Time: per measured step,
-projection and branch about four forward passes and the statistics; per prompt, a generation as it is and half of one for each measured
+projection and branch about five forward passes and the statistics; per prompt, a generation as it is and half of one for each measured
 step.
 """
 
@@ -65,19 +65,21 @@ class SensitivityConfig:
     """u by gradients of random projections, or by making one head wrong at a time: 2 x layers x heads passes."""
     errors: Literal["blocks", "noise"] = "blocks"
     """What errors of a head look like: what dropping blocks gives, or white noise on its output."""
+    dropped: float = 0.5
+    """Share of a head's blocks, those of least D2, that are dropped for `blocks`: about as many as plans will drop."""
     steps: Sequence[int] | int = 6
     """Steps to measure by number, or how many, spread evenly with both ends; others lie on straight lines between, in the logarithm."""
     guidance_scale: float | None = None
     """The s of u + s (c - u). By default what the pipeline says; needed where a bare transformer runs with guidance."""
     projections: int = 2
     """Random projections of the velocity (gradient), or draws of errors (exact), to average."""
-    row_blocks: int = 32
+    row_blocks: int = 64
     """Query blocks of each head that stand for all, for `gradient` with `blocks`."""
     velocity_noise: float = 0.2
     """Noise on a step's velocity for w, relative to its root mean square and times the square root of the number of steps. The latents
     change by a few percent then; in bfloat16 less drowns in the rounding of all later steps."""
     head_error: float = 0.25
-    """Error of a head for `exact`: of the logarithm of a block's weight, or relative to the output for `noise`."""
+    """Error of a head for `exact` with `noise`, relative to its output."""
     seed: int = 0
     """Decides everything random."""
     progress: bool = True
@@ -88,6 +90,8 @@ class SensitivityConfig:
             raise Usage(f"`{self.method}` is no method; there are `gradient` and `exact`")
         if self.errors not in ("blocks", "noise"):
             raise Usage(f"`{self.errors}` are no errors; there are `blocks` and `noise`")
+        if not 0 < self.dropped < 1:
+            raise Usage(f"dropped is {self.dropped}; it must be between 0 and 1")
         for name in ("projections", "row_blocks", "velocity_noise", "head_error"):
             if not getattr(self, name) > 0:
                 raise Usage(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -228,7 +232,7 @@ def _of_heads(
     adapter = follower.adapters[passes[0].component]
     seed = f"{config.seed}/{number}"
     # Gradients need tensors that inference_mode does not make.
-    measured = HeadErrors(adapter, geometry, branch, config.errors, config.row_blocks, seed)
+    measured = HeadErrors(adapter, geometry, branch, config.errors, config.dropped, config.row_blocks, seed)
     with torch.inference_mode(False), torch.no_grad(), measured as heads:
         if config.method == "gradient":
             return heads.gradient(passes, config.projections, tick)

@@ -1,14 +1,17 @@
 """Errors of one head's attention output: the directions they take, what a gradient says of each, and outputs made wrong by them.
 
-A row block r of a head has the dense output O_r. Its errors are sums of small steps along directions:
+A row block r of a head has the dense output O_r. Its errors are
 
-    blocks   d_rc = P_rc V_c - m_rc O_r    what dropping the key block c changes to first order; |d_rc|^2 / |O_r|^2 is a trace's D2[r,c]
+    blocks   d_r = O'_r - O_r    for the output O' without some blocks: those of least D2, a given share of the head's; in units of the
+                                 D2 that was dropped, which traces hold
     noise    d_rk = rms(O_r) * signs       white noise; |d_rk|^2 / |O_r|^2 = 1
 
-With g the gradient of a function of the velocity by the output, `responses` are the products <g_r, d_r*>: how the function answers
-to a unit of each direction. For blocks they are sums over blocks of the gradient by the scores, P * (g V^T - <g, O>).
+With g the gradient of a function of the velocity by the output, `responses` are the products <g_r, d_r>: how the function answers to
+the errors. Blocks dropped in one row have errors in common, and those that stay gain weight; both are in d_r. Errors of different rows
+are taken as independent.
 
-Only blocks that a plan may drop take part: those without text, as rows and as columns. All arithmetic is float32.
+Only blocks that a plan may drop take part: those without text, as rows and as columns, and not the strongest one of a row. All
+arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -83,10 +86,76 @@ def _row_chunks(blocks: Tensor, queries: int, per_row: int) -> Iterator[tuple[sl
         yield slice(at, at + step), tokens.clamp_max(queries - 1), tokens < queries
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Blocks of some rows of every head that are left out."""
+
+    rows: Tensor
+    """int64 [R], row blocks."""
+    blocks: Tensor
+    """bool [H, R, columns of the span]."""
+    deviation: Tensor
+    """Their D2, summed: float32 [H]."""
+
+
+def least(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, span: Span, share: float) -> Dropped:
+    """The blocks of least D2 of each head, but for the strongest of every row.
+
+    Args:
+        q: [H, S, D].
+        k: [H, S_kv, D].
+        v: As k.
+        scale: Factor on the scores.
+        rows: int64 [R], row blocks to look at.
+        span: Columns to look at.
+        share: Of the blocks of these rows and columns.
+    """
+    heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    columns = span.tokens(keys)
+    deviation = q.new_empty((heads, rows.numel(), span.count), dtype=torch.float32)
+    energy = torch.empty_like(deviation)
+    for head in range(heads):
+        keys_t, values = k[head].float().mT, v[head].float()
+        column_values = _by_block(values[columns], 0)
+        for at, tokens, real in _row_chunks(rows, queries, keys):
+            p = torch.softmax(q[head].index_select(0, tokens).float() @ keys_t * scale, -1)
+            out = p @ values
+            kept = _by_block(p[:, columns], 1)
+            mass = kept.sum(-1)
+            # [columns, rows, D]
+            apart = torch.bmm(kept.transpose(0, 1), column_values)
+            apart -= mass.mT[..., None] * out
+            squares = (apart.square().sum(-1).mT * real[:, None]).unflatten(0, (-1, BLOCK)).sum(1)
+            norms = (out.square().sum(-1) * real).unflatten(0, (-1, BLOCK)).sum(-1)
+            deviation[head, at] = (squares / norms.clamp_min(1e-30)[:, None]).clamp_max(1)
+            energy[head, at] = (mass * real[:, None]).unflatten(0, (-1, BLOCK)).sum(1)
+    strongest = energy.argmax(-1, keepdim=True)
+    ranked = deviation.scatter(-1, strongest, torch.inf).flatten(1)
+    # Of equal ones the first.
+    order = ranked.argsort(dim=1, stable=True)[:, : int(share * ranked.shape[1])]
+    blocks = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, order, True).view_as(deviation)
+    blocks.scatter_(-1, strongest, False)
+    return Dropped(rows, blocks, (deviation * blocks).sum((1, 2)))
+
+
+def _changes(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, blocks: Tensor, span: Span
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Output changes of one head, [S, D], without `blocks` [R, columns]: rows, their tokens, which of these exist, changes."""
+    columns = span.tokens(k.shape[0])
+    keys_t, values = k.float().mT, v.float()
+    for at, tokens, real in _row_chunks(rows, q.shape[0], k.shape[0]):
+        scores = q.index_select(0, tokens).float() @ keys_t * scale
+        right = torch.softmax(scores, -1) @ values
+        out = blocks[at].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        scores[:, columns].masked_fill_(out[:, : columns.stop - columns.start], -torch.inf)
+        yield at, tokens, real, torch.softmax(scores, -1) @ values - right
+
+
 def block_responses(
-    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float, rows: Tensor, span: Span
-) -> tuple[Tensor, Tensor]:
-    """Answers to the directions `blocks`, and the deviations that these are.
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float, dropped: Dropped, span: Span
+) -> Tensor:
+    """Answers to the errors `blocks`.
 
     Args:
         q: [H, S, D].
@@ -94,37 +163,19 @@ def block_responses(
         v: As k.
         gradient: As q; by the attention's output.
         scale: Factor on the scores.
-        rows: int64 [R], row blocks to look at.
-        span: Columns to look at.
+        dropped: What is left out.
+        span: Its columns.
 
     Returns:
-        Responses [H, R, columns], and D2 summed over these rows and columns, [H].
+        [H, R, 1].
     """
-    heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    columns = span.tokens(keys)
-    response = q.new_zeros((heads, rows.numel(), span.count), dtype=torch.float32)
-    deviation = q.new_zeros(heads, dtype=torch.float32)
-    for head in range(heads):
-        keys_t, values = k[head].float().mT, v[head].float()
-        column_values = _by_block(values[columns], 0)
-        for at, tokens, real in _row_chunks(rows, queries, keys):
-            p = torch.softmax(q[head].index_select(0, tokens).float() @ keys_t * scale, -1)
-            out = p @ values
-            g = gradient[head].index_select(0, tokens).float() * real[:, None]
-            kept = _by_block(p[:, columns], 1)
-            # The gradient by the scores, of these columns.
-            by_score = g @ values[columns].mT
-            by_score -= (g * out).sum(-1, keepdim=True)
-            by_score = _by_block(by_score.mul_(p[:, columns]), 1).sum(-1)
-            blocks = by_score.shape[1]
-            response[head, at, :blocks] = by_score.unflatten(0, (-1, BLOCK)).sum(1)
-            # [columns, rows, D]
-            apart = torch.bmm(kept.transpose(0, 1), column_values)
-            apart -= kept.sum(-1).mT[..., None] * out
-            squares = (apart.square().sum(-1) * real).unflatten(1, (-1, BLOCK)).sum(-1)
-            norms = (out.square().sum(-1) * real).unflatten(0, (-1, BLOCK)).sum(-1)
-            deviation[head] += (squares / norms.clamp_min(1e-30)).clamp_max(1).sum()
-    return response, deviation
+    response = q.new_zeros((q.shape[0], dropped.rows.numel(), 1), dtype=torch.float32)
+    for head in range(q.shape[0]):
+        changes = _changes(q[head], k[head], v[head], scale, dropped.rows, dropped.blocks[head], span)
+        for at, tokens, real, change in changes:
+            along = (change * gradient[head].index_select(0, tokens).float()).sum(-1) * real
+            response[head, at, 0] = along.unflatten(0, (-1, BLOCK)).sum(-1)
+    return response
 
 
 def _rms(out: Tensor, span: Span) -> Tensor:
@@ -137,7 +188,7 @@ def _rms(out: Tensor, span: Span) -> Tensor:
     return means.sqrt().expand_as(ones).flatten(-3, -2)[..., : kept.shape[-2], :]
 
 
-def noise_responses(out: Tensor, gradient: Tensor, seed: int, span: Span) -> tuple[Tensor, Tensor]:
+def noise_responses(out: Tensor, gradient: Tensor, seed: int, span: Span) -> Tensor:
     """Answers to the directions `noise`.
 
     Args:
@@ -147,7 +198,7 @@ def noise_responses(out: Tensor, gradient: Tensor, seed: int, span: Span) -> tup
         span: Rows to look at.
 
     Returns:
-        Responses [H, rows, directions], and the sum of |d|^2 / |O|^2 over rows and directions, [H].
+        [H, rows, directions].
     """
     rows = span.tokens(out.shape[1])
     weighted = gradient[:, rows].float() * _rms(out, span)
@@ -155,40 +206,27 @@ def noise_responses(out: Tensor, gradient: Tensor, seed: int, span: Span) -> tup
     for noise in range(_NOISES):
         along = (weighted * signs(tuple(weighted.shape[1:]), seed + noise, out.device)).sum(-1, keepdim=True)
         found.append(_by_block(along, 1).sum((-2, -1)))
-    response = torch.stack(found, -1)
-    live = _by_block(_rms(out, span), 1).amax((-2, -1)) > 0
-    return response, live.sum(1).float() * _NOISES
+    return torch.stack(found, -1)
 
 
-def block_error(q: Tensor, k: Tensor, v: Tensor, scale: float, size: float, seed: int, span: Span) -> Tensor:
-    """The error of one head whose scores are too high or too low by `size`, block by block: to first order that times the sum of the
-    directions `blocks` with random signs.
+def block_error(q: Tensor, k: Tensor, v: Tensor, scale: float, dropped: Dropped, head: int, span: Span) -> Tensor:
+    """The error of one head without blocks.
 
     Args:
-        q: [S, D].
+        q: [S, D], of this head.
         k: [S_kv, D].
         v: As k.
         scale: Factor on the scores.
-        size: In natural logarithms of weight.
-        seed: Decides the signs.
-        span: Blocks that are wrong.
+        dropped: What all heads leave out.
+        head: Which one it is.
+        span: Columns.
 
     Returns:
         [S, D] float32, what to add to the output.
     """
-    queries, keys = q.shape[0], k.shape[0]
-    columns = span.tokens(keys)
-    keys_t, values = k.float().mT, v.float()
-    bias = signs((span.count, span.count), seed, q.device) * size
-    rows = torch.arange(span.first, span.last, device=q.device)
     error = q.new_zeros(q.shape, dtype=torch.float32)
-    for at, tokens, real in _row_chunks(rows, queries, keys):
-        scores = q.index_select(0, tokens).float() @ keys_t * scale
-        right = torch.softmax(scores, -1) @ values
-        wrong = bias[at].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        scores[:, columns] += wrong[:, : columns.stop - columns.start]
-        apart = torch.softmax(scores, -1) @ values - right
-        error[tokens[real]] = apart[real]
+    for _, tokens, real, change in _changes(q, k, v, scale, dropped.rows, dropped.blocks[head], span):
+        error[tokens[real]] = change[real]
     return error
 
 
@@ -200,15 +238,6 @@ def noise_error(out: Tensor, size: float, seed: int, span: Span) -> Tensor:
     return error
 
 
-def relative_error(out: Tensor, wrong: Tensor, span: Span) -> float:
-    """Sum over the row blocks of the span of |wrong - out|^2 / |out|^2; both [S, D]."""
-    rows = span.tokens(out.shape[0])
-    right = out[rows].float()
-    squares = (wrong[rows].float() - right).square().sum(-1, keepdim=True)
-    squares, norms = (_by_block(x, 0).sum((-2, -1)) for x in (squares, right.square().sum(-1, keepdim=True)))
-    return float((squares / norms.clamp_min(1e-30)).sum())
-
-
 __all__ = [
     "Span",
     "block_error",
@@ -216,6 +245,5 @@ __all__ = [
     "noise_error",
     "noise_responses",
     "normal",
-    "relative_error",
     "signs",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from calibc.adapters import Adapter, Route
 from calibc.adapters.schedule import TextLengths, place, put_back
 from calibc.errors import BadInput
 from calibc.sensitivities import errors
-from calibc.sensitivities.errors import Span
+from calibc.sensitivities.errors import Dropped, Span
 from calibc.sensitivities.runs import Pass, by_branch, guided
 from calibc.statistics import Geometry, Problem, _strata
 
@@ -44,6 +44,10 @@ class _Attention:
 _Sink = Callable[[_Attention, Tensor], None]
 # Called with an attention: the output [H, S, D] to go on with.
 _Edit = Callable[[_Attention], Tensor]
+
+
+def _right(attention: _Attention) -> Tensor:
+    return attention.out
 
 
 class _Tap(torch.autograd.Function):
@@ -104,7 +108,14 @@ class HeadErrors:
     """
 
     def __init__(
-        self, adapter: Adapter, geometry: Geometry, branch: str, kind: Errors, row_blocks: int, seed: str
+        self,
+        adapter: Adapter,
+        geometry: Geometry,
+        branch: str,
+        kind: Errors,
+        dropped: float,
+        row_blocks: int,
+        seed: str,
     ) -> None:
         self.adapter = adapter
         self.lengths: list[int] | None = None
@@ -112,6 +123,7 @@ class HeadErrors:
         # Whose deviations the traces hold.
         self._branch = branch
         self._kind = kind
+        self._share = dropped
         self._row_blocks = row_blocks
         self._seed = seed
         self._texts = TextLengths()
@@ -146,13 +158,18 @@ class HeadErrors:
         """
         above, below = self._zeros(), self._zeros()
         for draw in range(projections):
+            dropped = self._dropped(passes, draw, self._row_blocks)
             responses: dict[str, Tensor] = {}
-            units: dict[str, Tensor] = {}
             for each in passes:
-                self._answer(each, draw, responses, units)
+                responses |= self._answer(each, draw, dropped)
                 tick()
-            above += guided(responses, passes[-1].scale).square().sum((2, 3))
-            below += units.get(self._branch, next(iter(units.values())))
+            answer = guided(responses, passes[-1].scale)
+            above += answer.square().sum((2, 3))
+            if self._kind == "noise":
+                # One unit each.
+                below += answer.shape[2] * answer.shape[3]
+            else:
+                below += torch.stack([layer.deviation for layer in dropped]).double().cpu()
         return _ratio(above / passes[0].velocity[0].numel(), below)
 
     def exact(self, passes: list[Pass], draws: int, size: float, tick: Callable[[], None]) -> Tensor:
@@ -161,16 +178,18 @@ class HeadErrors:
         In bfloat16 a head of many changes less than rounding does. So an error is tried twice, d and -d, on latents that differ by a
         little noise: <v1(d) - v1(0), v2(0) - v2(-d)> = |J d|^2, and rounding, which is another one in each, falls out.
         """
-        right = [[self._guided(passes, None, draw, 0.0, side)[0] for side in range(2)] for draw in range(draws)]
+        right = [[self._guided(passes, draw, side, _right) for side in range(2)] for draw in range(draws)]
+        dropped = self._dropped(passes, 0, self._span.count)
         above, below = self._zeros(), self._zeros()
         for layer, head in itertools.product(range(len(self._attentions)), range(self.adapter.heads)):
             for draw in range(draws):
                 plus, minus = (
-                    self._guided(passes, (layer, head), draw, sign * size, side) for side, sign in enumerate((1, -1))
+                    self._guided(passes, draw, side, self._wrong(layer, head, draw, sign, size, dropped))
+                    for side, sign in enumerate((1, -1))
                 )
-                product = (plus[0] - right[draw][0]) * (right[draw][1] - minus[0])
+                product = (plus - right[draw][0]) * (right[draw][1] - minus)
                 above[layer, head] += float(product.mean(dtype=torch.float64))
-                below[layer, head] += (plus[1] + minus[1]) / 2
+                below[layer, head] += float(dropped[layer].deviation[head]) if dropped else size**2 * self._span.count
             tick()
         # What is left of rounding may be negative.
         return _ratio(above.clamp_min(0), below)
@@ -197,58 +216,82 @@ class HeadErrors:
 
     # How.
 
-    def _answer(self, each: Pass, draw: int, responses: dict[str, Tensor], units: dict[str, Tensor]) -> None:
-        """Answers [layers, H, rows, directions] of a pass to one random z, and their units [layers, H]; both by branch."""
-        seed = self._draw("z", each.step, 0, draw)
-        z = errors.normal(each.velocity.shape[1:], seed)
-        found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    def _dropped(self, passes: list[Pass], draw: int, row_blocks: int) -> list[Dropped]:
+        """What each layer leaves out, which is the same in all branches; none for white noise."""
+        found: dict[int, Dropped] = {}
+        if self._kind == "noise":
+            return []
+        each = next((each for each in passes if self._branch in each.branches), passes[0])
+        row = each.branches.index(self._branch) if self._branch in each.branches else 0
+
+        def edit(attention: _Attention) -> Tensor:
+            a = attention
+            if a.row == row:
+                generator = torch.Generator("cpu").manual_seed(self._draw("rows", each.step, a.layer, draw))
+                with torch.device("cpu"):
+                    rows = self._span.first + _strata(self._span.count, row_blocks, generator)
+                found[a.layer] = errors.least(a.q, a.k, a.v, a.scale, rows.to(a.q.device), self._span, self._share)
+            return a.out
+
+        self._forward(each, edit, None)
+        self._check_all(each, found.keys(), len(self._attentions))
+        return [found[layer] for layer in range(len(self._attentions))]
+
+    def _answer(self, each: Pass, draw: int, dropped: list[Dropped]) -> dict[str, Tensor]:
+        """Answers [layers, H, rows, directions] of a pass to one random z, by branch."""
+        z = errors.normal(each.velocity.shape[1:], self._draw("z", each.step, 0, draw))
+        found: dict[tuple[str, int], Tensor] = {}
 
         def sink(attention: _Attention, gradient: Tensor) -> None:
-            found[each.branches[attention.row], attention.layer] = self._responses(attention, gradient, each.step, draw)
+            a = attention
+            if self._kind == "noise":
+                seed = self._draw("noise", each.step, a.layer, draw)
+                response = errors.noise_responses(a.out, gradient, seed, self._span)
+            else:
+                response = errors.block_responses(a.q, a.k, a.v, gradient, a.scale, dropped[a.layer], self._span)
+            found[each.branches[a.row], a.layer] = response
 
         self._backward(each, z, sink)
         layers = range(len(self._attentions))
-        missing = sum((branch, layer) not in found for branch in each.branches for layer in layers)
-        if missing:
+        self._check_all(each, found.keys(), len(layers) * len(each.branches))
+        return {b: torch.stack([found[b, layer] for layer in layers]).double().cpu() for b in each.branches}
+
+    def _check_all(self, each: Pass, found: Collection[object], wanted: int) -> None:
+        if len(found) != wanted:
             raise BadInput(
-                f"{missing} of {len(layers) * len(each.branches)} attention layers got no gradient at step {each.step}; measure "
-                "without caches that skip layers"
+                f"{wanted - len(found)} of {wanted} attention layers did not take part at step {each.step}; measure without caches "
+                "that skip layers"
             )
-        for branch in each.branches:
-            whole = zip(*(found[branch, layer] for layer in layers), strict=True)
-            responses[branch], units[branch] = (torch.stack(parts).double().cpu() for parts in whole)
 
-    def _guided(
-        self, passes: list[Pass], site: tuple[int, int] | None, draw: int, size: float, side: int
-    ) -> tuple[Tensor, float]:
-        """A step's guided velocity with one head wrong, and how wrong it is.
+    def _wrong(self, layer: int, head: int, draw: int, sign: int, size: float, dropped: list[Dropped]) -> _Edit:
+        """Makes one head wrong; `size` is that of white noise."""
 
-        Args:
-            passes: Those of the step.
-            site: Layer and head; `None` for no error.
-            draw: Which of the errors.
-            size: Of the error.
-            side: Which of two latents, which differ by a little noise.
-        """
-        units: dict[str, float] = {}
+        def edit(attention: _Attention) -> Tensor:
+            a = attention
+            if a.layer != layer:
+                return a.out
+            if dropped:
+                error = errors.block_error(a.q[head], a.k[head], a.v[head], a.scale, dropped[layer], head, self._span)
+            else:
+                error = errors.noise_error(a.out[head], size, self._draw(f"h{head}", 0, layer, draw), self._span)
+            wrong = a.out.clone()
+            wrong[head] = (a.out[head].float() + sign * error).to(a.out.dtype)
+            return wrong
 
-        def velocity(each: Pass) -> Tensor:
-            def edit(attention: _Attention) -> Tensor:
-                if site is None or attention.layer != site[0]:
-                    return attention.out
-                out, units[each.branches[attention.row]] = self._wrong(attention, site[1], size, each.step, draw)
-                return out
+        return edit
 
-            self._begin(each)
-            self._edit = edit
-            try:
-                return each.call(self.adapter, dither=self._draw(f"dither{side}", each.step, 0, draw)).float()
-            finally:
-                self._edit = None
+    def _guided(self, passes: list[Pass], draw: int, side: int, edit: _Edit) -> Tensor:
+        """A step's guided velocity. The latents of all draws and of both sides differ by a little noise."""
+        seed = self._draw(f"dither{side}", passes[0].step, 0, draw)
+        return guided(by_branch(passes, [self._forward(each, edit, seed) for each in passes]), passes[-1].scale)
 
-        velocities = by_branch(passes, [velocity(each) for each in passes])
-        unit = units.get(self._branch, next(iter(units.values()))) if units else 0.0
-        return guided(velocities, passes[-1].scale), unit
+    def _forward(self, each: Pass, edit: _Edit, dither: int | None) -> Tensor:
+        self._begin(each)
+        self._edit = edit
+        try:
+            return each.call(self.adapter, dither).float()
+        finally:
+            self._edit = None
 
     def _begin(self, each: Pass) -> None:
         assert each.arguments is not None, "the step is measured"
@@ -270,28 +313,6 @@ class HeadErrors:
                 torch.autograd.backward((velocity.float() * z.to(velocity.device)).sum())
         finally:
             self._sink = self._root = None
-
-    def _responses(self, attention: _Attention, gradient: Tensor, step: int, draw: int) -> tuple[Tensor, Tensor]:
-        """Answers [H, rows, directions] of one layer, and the units [H] that they are to."""
-        a = attention
-        if self._kind == "noise":
-            return errors.noise_responses(a.out, gradient, self._draw("noise", step, a.layer, draw), self._span)
-        generator = torch.Generator("cpu").manual_seed(self._draw("rows", step, a.layer, draw))
-        with torch.device("cpu"):
-            rows = self._span.first + _strata(self._span.count, self._row_blocks, generator)
-        return errors.block_responses(a.q, a.k, a.v, gradient, a.scale, rows.to(a.q.device), self._span)
-
-    def _wrong(self, attention: _Attention, head: int, size: float, step: int, draw: int) -> tuple[Tensor, float]:
-        """The output [H, S, D] with one head wrong, and by how much."""
-        a, seed = attention, self._draw(f"h{head}", step, attention.layer, draw)
-        if self._kind == "noise":
-            error = errors.noise_error(a.out[head], size, seed, self._span)
-        else:
-            error = errors.block_error(a.q[head], a.k[head], a.v[head], a.scale, size, seed, self._span)
-        wrong = a.out.clone()
-        wrong[head] = (a.out[head].float() + error).to(a.out.dtype)
-        # As it is after rounding.
-        return wrong, errors.relative_error(a.out[head], wrong[head], self._span)
 
     def _zeros(self) -> Tensor:
         """float64 [layers, heads] in CPU memory."""
