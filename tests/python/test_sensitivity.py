@@ -375,7 +375,7 @@ class EveryModel(unittest.TestCase):
                 traced(model, path / "t", [1.0])
                 run = sampler(model, [1.0])
                 for kind in ("blocks", "noise") if name == "wan" else ("blocks",):
-                    few = dataclasses.replace(QUICK, steps=1, errors=kind, projections=6)
+                    few = dataclasses.replace(QUICK, steps=1, errors=kind, projections=10)
                     got = sensitivity(model.module, path / "t", run, few)
                     exact = dataclasses.replace(few, method="exact", projections=1)
                     want = sensitivity(model.module, path / "t", run, exact)
