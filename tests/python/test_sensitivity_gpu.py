@@ -51,14 +51,15 @@ class Gpu(unittest.TestCase):
                     want = sensitivity(model.module, path, sampler(model), config)
                     gpu = moved(model)
                     got = sensitivity(gpu.module, path, sampler(gpu), config)
-                    # Projections and rows are the same ones; signs of `exact` are the device's own.
-                    self.assertLess(octaves(got.head, want.head), 0.02 if method == "gradient" else 0.5)
+                    # Projections, rows and noise are the same ones.
+                    self.assertLess(octaves(got.head, want.head), 0.05)
                     self.assertLess(octaves(got.step, want.step), 0.02)
                     if method == "exact":
                         continue
                     low = on_gpu(model)
                     got = sensitivity(low.module, path, sampler(low), config)
-                    self.assertLess(octaves(got.head, want.head), 0.4)
+                    # Random attention is nearly even: rounding decides which blocks are the least.
+                    self.assertLess(octaves(got.head, want.head), 1)
                     self.assertLess(octaves(got.step, want.step), 0.3)
 
     def test_memory_is_that_of_one_block(self) -> None:
