@@ -2,6 +2,7 @@
 
     pip install 'calibc[cu13]' torch diffusers transformers accelerate ftfy
     python examples/wan.py capture  --traces traces/ --prompts prompts.txt
+    python examples/wan.py sensitivity --traces traces/ --prompts prompts.txt         # for specs with the policy `budget`
     python examples/wan.py compile  --traces traces/ --bundle wan.bundle
     python examples/wan.py generate --bundle wan.bundle --prompt "a cat surfs a wave" --out cat.mp4
 
@@ -62,6 +63,14 @@ def capture(args: argparse.Namespace) -> None:
                 # The trace needs no pixels.
                 generate(pipe, args, names[name], "latent")
         print(cap.summary())
+
+
+def sensitivity(args: argparse.Namespace) -> None:
+    prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()][: args.measured]
+    pipe = load(args)
+    runs = [lambda prompt=prompt: generate(pipe, args, prompt, "latent") for prompt in prompts]
+    measured = calibc.sensitivity(pipe, args.traces, run=runs)
+    print(f"an error at the first step weighs {measured.step[0] / measured.step[-1]:.3g} times one at the last")
 
 
 def compile(args: argparse.Namespace) -> None:
@@ -133,6 +142,12 @@ def main() -> None:
     command.add_argument("--holdout", type=int, default=1, help="prompts that judge the plan instead of making it")
     command.add_argument("--rows-per-block", type=int, default=16)
     command.set_defaults(act=capture)
+
+    command = commands.add_parser("sensitivity", parents=[model], help="measure what errors at steps and heads cost")
+    command.add_argument("--traces", type=pathlib.Path, required=True)
+    command.add_argument("--prompts", type=pathlib.Path, required=True, help="a prompt per line")
+    command.add_argument("--measured", type=int, default=1, help="how many of them to generate with")
+    command.set_defaults(act=sensitivity)
 
     command = commands.add_parser("compile", help="make a bundle of traces")
     command.add_argument("--traces", type=pathlib.Path, required=True)
