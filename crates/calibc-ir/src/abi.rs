@@ -26,11 +26,13 @@
 //!
 //! ```text
 //! kernel(const __grid_constant__ Params p, const __grid_constant__ TensorMap q_map, ... k_map, ... v_map)
-//! grid = (min(bound * batch, SMs), 1, 1)      block = the kernel's threads      dynamic shared memory = the kernel's, exactly
+//! grid = (min(bound * batch, SMs), 1, 1), even      block = the kernel's threads      dynamic shared memory = the kernel's, exactly
+//! clusters of 2 CTAs, which the kernel's code asks for
 //! ```
 //!
 //! Persistent: CTA c computes work c, c + grid, ... below count * batch; work w is item w % count of batch element w / count. The
-//! runtime keeps bound * batch below 2^31.
+//! runtime keeps bound * batch below 2^31. Works 2n and 2n + 1 are those of a cluster: where they are tiles of one head, the blocks that
+//! both keep are loaded once for both.
 //!
 //! A list whose count carries [`SPLIT_TAIL`] has tiles of one length, and its last round of CTAs may be far from full. The tiles of
 //! that round are then computed in parts, each by a CTA of its own over a share of the keys: the kernel chooses their number so that
@@ -47,12 +49,14 @@
 //! element         bfloat16 or float16      rank 5, innermost first
 //! dims            { 64, tokens, head_dim / 64, heads, batch }
 //! byte strides    { token_stride * 2, 128, head_stride * 2, batch_stride * 2 }     any legal one where the dimension is 1
-//! box             { 64, 128, head_dim / 64, 1, 1 }       element strides 1
+//! box             half a tile of 128 tokens: { 64, 128, 1, 1, 1 } of head_dim 128, { 64, 64, 1, 1, 1 } of 64      element strides 1
 //! no interleave, 128-byte swizzle, 256-byte L2 promotion, zeros where the box leaves the tensor
 //! ```
 
+use crate::BLOCK;
+
 /// Version of everything on this page.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// `ops` word of a dense head.
 pub const OP_DENSE: u32 = u32::MAX;
@@ -177,14 +181,19 @@ pub const TENSOR_MAP_ALIGN: u32 = 64;
 /// Elements of a head in one box row: what a 128-byte swizzle spans.
 pub const TENSOR_MAP_COLUMNS: u32 = 64;
 
-/// Tokens of a box.
-pub const TENSOR_MAP_TOKENS: u32 = 128;
+/// CTAs of a cluster of a Hopper kernel.
+pub const CLUSTER: u32 = 2;
+
+/// Tokens of a box: of half a tile.
+pub const fn tensor_map_tokens(head_dim: u32) -> u32 {
+    if head_dim > TENSOR_MAP_COLUMNS { BLOCK } else { BLOCK / 2 }
+}
 
 /// The four addresses of a step's tables, in order.
 pub const STEP_TABLE: &[&str] = &["lists", "items", "ops", "masks"];
 
 /// The layout in one line, as a bundle stores it:
-/// `abi 3; q:ptr@0 k:ptr@8 ...; 256 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, boxes 64 x 128`.
+/// `abi 4; q:ptr@0 k:ptr@8 ...; 256 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, clusters of 2`.
 pub fn describe() -> String {
     let mut at = 0;
     let mut line = format!("abi {ABI_VERSION};");
@@ -194,7 +203,7 @@ pub fn describe() -> String {
     }
     line += &format!("; {PARAMS_BYTES} bytes; {}", STEP_TABLE.join(" "));
     let maps = TENSOR_MAPS.join(" ");
-    line + &format!("; hopper {maps} of {TENSOR_MAP_BYTES} bytes, boxes {TENSOR_MAP_COLUMNS} x {TENSOR_MAP_TOKENS}")
+    line + &format!("; hopper {maps} of {TENSOR_MAP_BYTES} bytes, clusters of {CLUSTER}")
 }
 
 #[cfg(test)]
@@ -204,13 +213,13 @@ mod tests {
     #[test]
     fn the_description_names_every_field_and_both_families() {
         let line = describe();
-        assert!(line.starts_with("abi 3; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
+        assert!(line.starts_with("abi 4; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
         assert!(line.contains(" num_heads:u32@220 batch:u32@224 q_len:u32@228 "), "{line}");
         assert!(
             line.contains(" scale_log2:f32@248; 256 bytes; lists items ops masks; hopper q_map k_map v_map "),
             "{line}"
         );
-        assert!(line.ends_with(" of 128 bytes, boxes 64 x 128"), "{line}");
+        assert!(line.ends_with(" of 128 bytes, clusters of 2"), "{line}");
     }
 
     #[test]

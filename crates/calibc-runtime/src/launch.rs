@@ -1,6 +1,6 @@
 //! One launch: what a call asks, checked against the plan, as the parameter struct kernels take. Needs no GPU.
 
-use calibc_ir::{DType, Family, Plan, Variant};
+use calibc_ir::{DType, Family, Plan, Variant, abi};
 
 use crate::error::{Dim, Operand, RuntimeError};
 use crate::shape::{Lengths, Shape, extent, same};
@@ -256,10 +256,16 @@ impl LaunchArgs {
     pub fn grid(&self, family: Family, multiprocessors: u32) -> [u32; 3] {
         match family {
             Family::Portable => [self.items, self.params.batch, 1],
-            // Parts may fill the GPU where tiles do not.
-            Family::Hopper if self.splits => [multiprocessors, 1, 1],
-            // No overflow: at most `MAX_WORK`.
-            Family::Hopper => [(self.items * self.params.batch).min(multiprocessors), 1, 1],
+            // Clusters are whole. Parts may fill the GPU where tiles do not. No overflow: at most `MAX_WORK`.
+            Family::Hopper => {
+                let work = if self.splits {
+                    u32::MAX
+                } else {
+                    (self.items * self.params.batch).next_multiple_of(abi::CLUSTER)
+                };
+                let fit = multiprocessors / abi::CLUSTER * abi::CLUSTER;
+                [work.min(fit).max(abi::CLUSTER), 1, 1]
+            }
         }
     }
 }
@@ -512,9 +518,9 @@ mod tests {
         // Layer 2 has no masks: parts of its tiles fill the GPU. Layer 0 has one at step 0.
         let mut setup = Setup::new(TextPosition::None);
         for (layer, step, wants) in [
-            (2, StepArg::Host(0), [(132, 132), (8, 8), (7, 7)]),
-            (0, StepArg::Host(0), [(132, 8), (8, 8), (7, 7)]),
-            (0, StepArg::Device(PTR), [(132, 132), (8, 8), (7, 7)]),
+            (2, StepArg::Host(0), [(132, 132), (8, 8), (7, 6)]),
+            (0, StepArg::Host(0), [(132, 8), (8, 8), (7, 6)]),
+            (0, StepArg::Device(PTR), [(132, 132), (8, 8), (7, 6)]),
         ] {
             (setup.layer, setup.step) = (layer, step);
             let args = setup.run().unwrap();
@@ -522,6 +528,12 @@ mod tests {
                 assert_eq!(args.grid(Family::Hopper, sms), [want, 1, 1], "layer {layer}, {step:?}");
             }
         }
+        // The second CTA of a cluster may have nothing to do.
+        setup.tensors.iter_mut().for_each(|t| t.shape[0] = 1);
+        (setup.layer, setup.step) = (0, StepArg::Host(0));
+        setup.plan.items.fill(3);
+        let args = setup.run().unwrap();
+        assert_eq!([args.items * args.params.batch, args.grid(Family::Hopper, 132)[0]], [3, 4]);
     }
 
     #[test]

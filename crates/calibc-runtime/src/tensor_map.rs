@@ -46,7 +46,7 @@ impl TensorMapSpec {
                 bytes(head, p.num_heads),
                 bytes(batch, p.batch),
             ],
-            box_dims: [abi::TENSOR_MAP_COLUMNS, abi::TENSOR_MAP_TOKENS, panels, 1, 1],
+            box_dims: [abi::TENSOR_MAP_COLUMNS, abi::tensor_map_tokens(head_dim), 1, 1, 1],
         })
     }
 }
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!((map.address, map.dtype), (1 << 40, DType::Fp16));
         assert_eq!(map.dims, [64, 300, 2, 3, 2]);
         assert_eq!(map.strides, [256, 128, 300 * 256, 3 * 300 * 256]);
-        assert_eq!(map.box_dims, [64, 128, 2, 1, 1]);
+        assert_eq!(map.box_dims, [64, 128, 1, 1, 1]);
         let map = TensorMapSpec::new(&args(shapes, order(DeviceTensor::bshd)), Operand::Q).unwrap();
         assert_eq!(map.strides, [3 * 256, 128, 256, 300 * 3 * 256]);
     }
@@ -97,7 +97,7 @@ mod tests {
         let args = args([[1, 1, 300, 64], [1, 1, 40, 64]], [0; 4]);
         for (operand, address) in [(Operand::K, 2 << 40), (Operand::V, 3 << 40)] {
             let map = TensorMapSpec::new(&args, operand).unwrap();
-            assert_eq!((map.address, map.dims, map.box_dims), (address, [64, 40, 1, 1, 1], [64, 128, 1, 1, 1]));
+            assert_eq!((map.address, map.dims, map.box_dims), (address, [64, 40, 1, 1, 1], [64, 64, 1, 1, 1]));
         }
         for operand in [Operand::Out, Operand::Lse] {
             assert_eq!(TensorMapSpec::new(&args, operand), None);

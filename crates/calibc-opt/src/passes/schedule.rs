@@ -7,10 +7,15 @@
 //! one does, tiles run head by head in the order of the sequence: reading keys together then saves more than a short tail
 //! (measured on an H200 at 75,600 tokens: 3 to 4 % over the curve, 2 to 4 % over longest-first).
 //!
+//! Tiles come in pairs, which run side by side: on the two CTAs of a cluster, where what both keep is loaded once. A pair is two tiles of a
+//! head that follow each other in this order: neighbours of the grid keep much the same. Where a head has an odd number of tiles, the last
+//! one waits for that of another head.
+//!
 //! Last, the shares of persistent CTAs are made even. Of `G` of them ([`Target::running_tiles`]) the one at place `c` runs items
 //! `c`, `c + G`, `c + 2G`, ... of a list: one of every round of `G`. In the order above the first places of a round tend to get its
-//! longest items, round after round, and the kernel lasts as long as the fullest CTA. So within every round the costliest item
-//! goes to the place with the least work so far (a short last round is counted first). Items stay in their round: neighbours still
+//! longest items, round after round, and the kernel lasts as long as the fullest CTA. So within every round the costliest pair
+//! goes to the cluster with the least work so far (a short last round is counted first); then the fullest and the emptiest cluster exchange
+//! pairs, as long as that helps. Pairs stay in their round: neighbours still
 //! read the same keys at the same time. Further batches run the list again from another place on; a place's items are an even share whichever CTA runs them. Kernels
 //! that are not persistent take items in list order, which changes only within a round.
 //!
@@ -19,17 +24,17 @@
 //!
 //! | heads x tiles | before | after |
 //! |---|---|---|
-//! | 40 x 256 | 1.7 to 2.2 % | 0.1 to 0.2 % |
-//! | 12 x 256 | 4.8 to 8.1 % | 0.3 to 0.6 % |
-//! | 40 x 591 | 0.3 to 0.4 % | under 0.1 % |
+//! | 40 x 256 | 2.4 to 2.8 % | under 0.1 % |
+//! | 12 x 256 | 5.4 to 8.4 % | 0.9 to 1.0 % (pairs are coarse: 23 a cluster) |
+//! | 10 x 591 | 1.1 % | 0.1 % |
 //!
-//! Measured on an H200 (40 heads of 32,760 tokens, head_dim 128, density 0.25), the short round not yet counted first: 1 to 2.5 % faster.
+//! Measured on an H200 (40 heads of 32,760 tokens, head_dim 128, density 0.25), when tiles were dealt singly: 1 to 2.5 % faster.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
 use calibc_ir::{
-    AnchorTable, AttnOp, BLOCK, BlockMask, Geometry, HeadId, LayerId, MaskId, Plan, Schedule, StepId, WorkItem,
+    AnchorTable, AttnOp, BLOCK, BlockMask, Geometry, HeadId, LayerId, MaskId, Plan, Schedule, StepId, WorkItem, abi,
 };
 use rayon::prelude::*;
 
@@ -42,6 +47,35 @@ const LENGTHS: u32 = 16;
 
 /// An item's work beside its key blocks (loading queries, storing outputs), in key blocks.
 const ITEM_COST: u64 = 1;
+
+/// Exchanges that even out a list, for every place at most.
+const EXCHANGES: usize = 8;
+
+/// A tile and its cost in key blocks.
+type Tile = (WorkItem, u32);
+
+/// Two tiles that run side by side; only the last of a list may be alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pair {
+    first: Tile,
+    second: Option<Tile>,
+}
+
+impl Pair {
+    /// As long as the longer one.
+    fn cost(&self) -> u32 {
+        self.first.1.max(self.second.map_or(0, |(_, cost)| cost))
+    }
+
+    /// Work of both, in key blocks.
+    fn work(&self) -> u64 {
+        self.tiles().map(|(_, cost)| u64::from(cost) + ITEM_COST).sum()
+    }
+
+    fn tiles(self) -> impl Iterator<Item = Tile> {
+        [Some(self.first), self.second].into_iter().flatten()
+    }
+}
 
 /// Emits the work lists.
 pub(crate) struct ScheduleWork {
@@ -93,7 +127,7 @@ struct Order<'a> {
     curve: Vec<u32>,
     /// Tiles of an anchor head.
     anchor_tiles: u32,
-    /// Items of a round: one for each persistent CTA.
+    /// Pairs of a round: one for each cluster of persistent CTAs.
     round: usize,
 }
 
@@ -107,7 +141,7 @@ impl<'a> Order<'a> {
         let at_work = target.running_tiles.div_ceil(g.num_q_blocks());
         let group = fit.max(at_work.into()).clamp(1, model.heads.into()) as usize;
         let anchor_tiles = plan.anchors().map_or(0, |anchors| AnchorTable::new(g, anchors).num_tiles());
-        let round = target.running_tiles.max(1) as usize;
+        let round = (target.running_tiles / abi::CLUSTER).max(1) as usize;
         Self { plan, group, by_length: fit > 0, curve: curve(g), anchor_tiles, round }
     }
 
@@ -122,13 +156,13 @@ impl<'a> Order<'a> {
     }
 
     fn list(&self, ops: &[AttnOp]) -> Vec<WorkItem> {
-        let mut items = self.in_order(ops);
-        even_out(&mut items, self.round);
-        items.into_iter().map(|(item, _)| item).collect()
+        let mut pairs = self.in_order(ops);
+        even_out(&mut pairs, self.round);
+        pairs.into_iter().flat_map(Pair::tiles).map(|(item, _)| item).collect()
     }
 
-    /// The items of a layer, rounds not yet evened out, each with its cost in key blocks.
-    fn in_order(&self, ops: &[AttnOp]) -> Vec<(WorkItem, u32)> {
+    /// The pairs of a layer, rounds not yet evened out.
+    fn in_order(&self, ops: &[AttnOp]) -> Vec<Pair> {
         let cols = self.plan.geometry.num_kv_blocks();
         // Heads that share a mask share its costs.
         let mut of_mask: HashMap<MaskId, Vec<u32>> = HashMap::new();
@@ -145,51 +179,128 @@ impl<'a> Order<'a> {
         let total = |costs: &[u32]| costs.iter().map(|&c| u64::from(c)).sum::<u64>();
         // Stable: equal heads stay in id order.
         heads.sort_by_cached_key(|(_, _, costs)| std::cmp::Reverse(total(costs)));
-        let mut items = Vec::with_capacity(heads.iter().map(|(_, _, costs)| costs.len()).sum());
+        let mut pairs = Vec::with_capacity(heads.iter().map(|(_, _, costs)| costs.len().div_ceil(2)).sum());
+        let mut waiting: Option<Tile> = None;
+        let mut tiles: Vec<(u32, Tile)> = Vec::new();
         for group in heads.chunks(self.group) {
-            let start = items.len();
+            let start = pairs.len();
             for (rank, (head, op, costs)) in group.iter().enumerate() {
-                for (tile, &cost) in (0..).zip(costs) {
+                tiles.clear();
+                tiles.extend((0..).zip(costs).map(|(tile, &cost)| {
                     let place = match op {
                         AttnOp::BlockSparse { .. } | AttnOp::Dense if self.by_length => self.curve[tile as usize],
                         _ => tile,
                     };
+                    (place, (WorkItem::new(*head, tile), cost))
+                }));
+                tiles.sort_unstable();
+                for two in tiles.chunks(2) {
+                    let (place, tile) = two[0];
+                    let pair = match two.get(1) {
+                        Some(&(_, second)) => Pair { first: tile, second: Some(second) },
+                        None => match waiting.take() {
+                            Some(first) => Pair { first, second: Some(tile) },
+                            None => {
+                                waiting = Some(tile);
+                                continue;
+                            }
+                        },
+                    };
                     // 0 is the longest class: whole rows and those within a class of them.
-                    let short = if self.by_length { cols - cost.min(cols) } else { 0 };
+                    let short = if self.by_length { cols - pair.cost().min(cols) } else { 0 };
                     let class = u64::from(short) * u64::from(LENGTHS) / u64::from(cols);
-                    items.push((class, rank, place, WorkItem::new(*head, tile), cost));
+                    pairs.push((class, rank, place, pair));
                 }
             }
-            items[start..].sort_unstable();
+            pairs[start..].sort_by_key(|&(class, rank, place, _)| (class, rank, place));
         }
-        items.into_iter().map(|(.., item, cost)| (item, cost)).collect()
+        let mut pairs: Vec<Pair> = pairs.into_iter().map(|(.., pair)| pair).collect();
+        pairs.extend(waiting.map(|first| Pair { first, second: None }));
+        pairs
     }
 }
 
-/// Reorders the items within each round of `round` so that items at the same place of all rounds add up to about the same cost
-/// at every place. A list of no more than one round stays as it is.
-fn even_out(items: &mut [(WorkItem, u32)], round: usize) {
-    if items.len() <= round {
+/// Reorders the pairs within each round of `round` so that pairs at the same place of all rounds add up to about the same cost
+/// at every place, and so do the tiles of either side of a place. A list of no more than one round stays as it is, and so does a tile
+/// without another one.
+fn even_out(pairs: &mut [Pair], round: usize) {
+    if pairs.len() <= round {
         return;
     }
+    let lone = usize::from(pairs.last().is_some_and(|pair| pair.second.is_none()));
+    let (pairs, lone) = pairs.split_at_mut(pairs.len() - lone);
     let mut loads = vec![0_u64; round];
+    for pair in &*lone {
+        loads[pairs.len() % round] += pair.work();
+    }
+    deal(pairs, &mut loads);
+    exchange(pairs, &mut loads);
+    take_sides(pairs, round);
+}
+
+/// At every place, the costlier tile of a pair goes to the side with less work; pairs that differ most come first, so that the others
+/// even out what is left.
+fn take_sides(pairs: &mut [Pair], round: usize) {
+    let apart = |pair: &Pair| pair.second.map_or(0, |(_, cost)| cost.abs_diff(pair.first.1));
+    let mut order: Vec<usize> = Vec::with_capacity(pairs.len().div_ceil(round));
+    for place in 0..round.min(pairs.len()) {
+        order.clear();
+        order.extend((place..pairs.len()).step_by(round));
+        order.sort_by_key(|&i| std::cmp::Reverse(apart(&pairs[i])));
+        // Of the first side, more than of the second.
+        let mut ahead = 0_i64;
+        for &i in &order {
+            let Pair { first, second: Some(second) } = &mut pairs[i] else { continue };
+            if second.1 != first.1 && (second.1 > first.1) == (ahead < 0) {
+                std::mem::swap(first, second);
+            }
+            ahead += i64::from(first.1) - i64::from(second.1);
+        }
+    }
+}
+
+/// In every round the costliest pair goes to the place with the least load. A short last round goes first, so that the whole ones make up
+/// for the places that get a pair more.
+fn deal(pairs: &mut [Pair], loads: &mut [u64]) {
+    let round = loads.len();
     let mut places: Vec<usize> = Vec::with_capacity(round);
-    let mut sorted: Vec<(WorkItem, u32)> = Vec::with_capacity(round);
-    // Every place gets one item of a round, so least load to highest cost is one pass over both in order. A short last
-    // round goes first, so that the whole ones make up for the places that get an item more.
-    let (whole, short) = items.split_at_mut(items.len() - items.len() % round);
-    for items in std::iter::once(short).chain(whole.chunks_mut(round)) {
+    let mut sorted: Vec<Pair> = Vec::with_capacity(round);
+    let (whole, short) = pairs.split_at_mut(pairs.len() - pairs.len() % round);
+    for pairs in std::iter::once(short).chain(whole.chunks_mut(round)) {
         places.clear();
-        places.extend(0..items.len());
+        places.extend(0..pairs.len());
         places.sort_unstable_by_key(|&place| (loads[place], place));
         sorted.clear();
-        sorted.extend_from_slice(items);
-        // Stable: of equal items the earlier one comes first.
-        sorted.sort_by_key(|&(_, cost)| std::cmp::Reverse(cost));
-        for (&place, &item) in places.iter().zip(&sorted) {
-            items[place] = item;
-            loads[place] += u64::from(item.1) + ITEM_COST;
+        sorted.extend_from_slice(pairs);
+        // Stable: of equal pairs the earlier one comes first.
+        sorted.sort_by_key(|pair| std::cmp::Reverse(pair.work()));
+        for (&place, &pair) in places.iter().zip(&sorted) {
+            pairs[place] = pair;
+            loads[place] += pair.work();
         }
+    }
+}
+
+/// As long as it evens them out, the places with the most and the least work exchange pairs of one round: those whose costs differ
+/// by about half of what the loads do.
+fn exchange(pairs: &mut [Pair], loads: &mut [u64]) {
+    let round = loads.len();
+    for _ in 0..EXCHANGES * round {
+        let by_load = |&place: &usize| (loads[place], place);
+        let (Some(most), Some(least)) = ((0..round).max_by_key(by_load), (0..round).min_by_key(by_load)) else {
+            return;
+        };
+        let gap = loads[most] - loads[least];
+        let better = (0..pairs.len().div_ceil(round))
+            .map(|n| (n * round + most, n * round + least))
+            .filter(|&(a, b)| a.max(b) < pairs.len())
+            .map(|(a, b)| (pairs[a].work().saturating_sub(pairs[b].work()), a, b))
+            .filter(|&(less, ..)| less > 0 && less < gap)
+            .min_by_key(|&(less, a, _)| (gap.abs_diff(2 * less), a));
+        let Some((less, a, b)) = better else { return };
+        pairs.swap(a, b);
+        loads[most] -= less;
+        loads[least] += less;
     }
 }
 
@@ -310,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn long_tiles_run_first_within_what_l2_holds() {
+    fn long_pairs_run_first_within_what_l2_holds() {
         let model = Model { name: "t".into(), layers: 1, heads: 2, head_dim: 128 };
         let mut plan = Plan::dense(model, Geometry::video(1, 4, 128), vec![1.0]);
         let rows = |costs: [u32; 4]| BlockMask::from_fn(4, 4, |r, c| c < costs[r as usize]);
@@ -318,15 +429,26 @@ mod tests {
             plan.ops[head] = AttnOp::BlockSparse { mask: plan.masks.intern(rows(costs)) };
         }
         let items = |l2_bytes| {
-            let target = Target { l2_bytes, running_tiles: 1, ..Target::default() };
-            schedule(&plan, &target).items.iter().map(|i| (i.head().0, i.tile())).collect::<Vec<_>>()
+            let target = Target { l2_bytes, running_tiles: 100, ..Target::default() };
+            let order = Order { group: (l2_bytes / (4 * 512 * 128)).max(1) as usize, ..Order::new(&plan, &target) };
+            order.list(&plan.ops).iter().map(|i| (i.head().0, i.tile())).collect::<Vec<_>>()
         };
         // Both heads fit: one longest-first order. Only one fits: the costly head first, longest-first inside.
         let head_bytes = 4 * 512 * 128;
-        assert_eq!(items(2 * head_bytes), [(1, 0), (0, 3), (1, 1), (1, 2), (0, 2), (0, 1), (1, 3), (0, 0)]);
-        assert_eq!(items(2 * head_bytes - 1), [(1, 0), (1, 1), (1, 2), (1, 3), (0, 3), (0, 2), (0, 1), (0, 0)]);
+        assert_eq!(items(2 * head_bytes), [(1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3), (0, 0), (0, 1)]);
+        assert_eq!(items(2 * head_bytes - 1), [(1, 0), (1, 1), (1, 2), (1, 3), (0, 2), (0, 3), (0, 0), (0, 1)]);
         // None fits: in the order of the sequence.
         assert_eq!(items(head_bytes - 1), [(1, 0), (1, 1), (1, 2), (1, 3), (0, 0), (0, 1), (0, 2), (0, 3)]);
+    }
+
+    #[test]
+    fn tiles_without_a_neighbour_of_their_head_pair_up() {
+        let model = Model { name: "t".into(), layers: 1, heads: 3, head_dim: 128 };
+        let plan = Plan::dense(model, Geometry::video(1, 3, 128), vec![1.0]);
+        let list = schedule(&plan, &Target { running_tiles: 100, ..Target::default() }).items;
+        let places: Vec<_> = list.iter().map(|i| (i.head().0, i.tile())).collect();
+        // Of the first two heads the last tile each; that of the third is alone, at the end.
+        assert_eq!(places, [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2)]);
     }
 
     /// One layer at density 0.25: a head keeps a band of keys around each query, as wide on either side as `widths` say, in
@@ -346,9 +468,10 @@ mod tests {
     }
 
     /// How far the work of the fullest CTA is above the mean, if each runs every `ctas`-th item.
-    fn imbalance(items: &[(WorkItem, u32)], ctas: usize) -> f64 {
+    fn imbalance(pairs: &[Pair], ctas: usize) -> f64 {
+        let tiles: Vec<Tile> = pairs.iter().copied().flat_map(Pair::tiles).collect();
         let loads: Vec<u64> = (0..ctas)
-            .map(|cta| items.iter().skip(cta).step_by(ctas).map(|&(_, cost)| u64::from(cost) + ITEM_COST).sum())
+            .map(|cta| tiles.iter().skip(cta).step_by(ctas).map(|&(_, cost)| u64::from(cost) + ITEM_COST).sum())
             .collect();
         let mean = loads.iter().sum::<u64>() as f64 / ctas as f64;
         *loads.iter().max().unwrap() as f64 / mean - 1.0
@@ -359,60 +482,83 @@ mod tests {
         let (short, long) = (Geometry::video(21, 30, 52), Geometry::video(21, 45, 80));
         let (alike, apart) = ([134, 134], [40, 240]);
         for (heads, geometry, widths, limit) in [
-            (40, short, alike, 0.0025),
+            (40, short, alike, 0.001),
             (40, short, apart, 0.001),
-            (12, short, alike, 0.007),
-            (12, short, apart, 0.004),
+            (12, short, alike, 0.011),
+            (12, short, apart, 0.011),
             (10, long, apart, 0.002),
         ] {
             let plan = banded(heads, geometry, widths);
             let target = Target::default();
             let order = Order::new(&plan, &target);
-            let mut items = order.in_order(&plan.ops);
+            let mut pairs = order.in_order(&plan.ops);
             let ctas = target.running_tiles as usize;
-            let before = imbalance(&items, ctas);
-            even_out(&mut items, ctas);
-            let after = imbalance(&items, ctas);
+            let before = imbalance(&pairs, ctas);
+            even_out(&mut pairs, ctas / 2);
+            let after = imbalance(&pairs, ctas);
             let case = format!("{heads} x {}, {widths:?}: {before:.4}, {after:.4}", geometry.num_q_blocks());
             assert!(before > 2.0 * limit, "uneven as it was: {case}");
             assert!(after < limit, "{case}");
             // The list is this order, every time.
-            let items: Vec<_> = items.into_iter().map(|(item, _)| item).collect();
+            let items: Vec<_> = pairs.into_iter().flat_map(Pair::tiles).map(|(item, _)| item).collect();
             let lists = schedule(&plan, &target);
             assert_eq!(lists.items, items, "{case}");
             assert_eq!(lists, schedule(&plan, &target), "{case}");
         }
     }
 
-    fn numbered(costs: &[u32]) -> Vec<(WorkItem, u32)> {
-        (0..).map(WorkItem).zip(costs.iter().copied()).collect()
+    /// Pairs of tiles of these costs, numbered in order.
+    fn numbered(costs: &[[u32; 2]]) -> Vec<Pair> {
+        let pair = |(i, &[a, b]): (u32, &[u32; 2])| Pair {
+            first: (WorkItem(2 * i), a),
+            second: Some((WorkItem(2 * i + 1), b)),
+        };
+        (0..).zip(costs).map(pair).collect()
     }
 
-    fn evened(costs: &[u32], round: usize) -> Vec<u32> {
-        let mut items = numbered(costs);
-        even_out(&mut items, round);
-        items.into_iter().map(|(WorkItem(i), _)| i).collect()
+    fn evened(costs: &[[u32; 2]], round: usize) -> Vec<u32> {
+        let mut pairs = numbered(costs);
+        even_out(&mut pairs, round);
+        pairs.into_iter().flat_map(Pair::tiles).map(|(WorkItem(i), _)| i).collect()
     }
 
     #[test]
-    fn the_costliest_item_of_a_round_goes_to_the_least_load() {
-        // Loads 10, 6, 6 after the first round; equal loads take the lower place first, equal items the earlier.
-        assert_eq!(evened(&[5, 9, 5, 3, 7, 7], 3), [1, 0, 2, 3, 4, 5]);
+    fn the_costliest_pair_of_a_round_goes_to_the_least_load() {
+        let twice = |costs: &[u32]| costs.iter().map(|&cost| [cost; 2]).collect::<Vec<_>>();
+        let firsts = |costs: &[u32], round| {
+            evened(&twice(costs), round).into_iter().step_by(2).map(|i| i / 2).collect::<Vec<_>>()
+        };
+        // Loads 10, 6, 6 after the first round; equal loads take the lower place first, equal pairs the earlier.
+        assert_eq!(firsts(&[5, 9, 5, 3, 7, 7], 3), [1, 0, 2, 3, 4, 5]);
         // The short round comes first: loads 7, 5, 0.
-        assert_eq!(evened(&[9, 1, 1, 4, 6], 3), [2, 1, 0, 4, 3]);
+        assert_eq!(firsts(&[9, 1, 1, 4, 6], 3), [2, 1, 0, 4, 3]);
         // Nothing to even out: one round, or all alike.
-        assert_eq!(evened(&[1, 2, 3], 3), [0, 1, 2]);
-        assert_eq!(evened(&[1, 2, 3], 4), [0, 1, 2]);
-        assert_eq!(evened(&[], 3), [0; 0]);
-        assert_eq!(evened(&[4; 9], 3), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(firsts(&[1, 2, 3], 3), [0, 1, 2]);
+        assert_eq!(firsts(&[1, 2, 3], 4), [0, 1, 2]);
+        assert_eq!(firsts(&[], 3), [0; 0]);
+        assert_eq!(firsts(&[4; 9], 3), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        // Sides: the pair that differs most comes first, then the other one evens it out.
+        assert_eq!(evened(&[[5, 3], [6, 2]], 1), [0, 1, 3, 2]);
+    }
+
+    #[test]
+    fn a_tile_alone_stays_last() {
+        for count in 1..12 {
+            let mut pairs = numbered(&vec![[3, 4]; count]);
+            pairs[count - 1].second = None;
+            even_out(&mut pairs, 4);
+            assert_eq!(pairs.iter().position(|pair| pair.second.is_none()), Some(count - 1), "{count}");
+        }
     }
 
     proptest! {
         #[test]
-        fn rounds_keep_their_items((costs, round) in (prop::collection::vec(0..20_u32, 0..200), 1..40_usize)) {
+        fn rounds_keep_their_pairs((costs, round) in (prop::collection::vec([0..20_u32, 0..20_u32], 0..200), 1..40_usize)) {
             let got = evened(&costs, round);
             prop_assert_eq!(&got, &evened(&costs, round));
-            for (start, got) in (0..).step_by(round).zip(got.chunks(round)) {
+            for (start, got) in (0..).step_by(2 * round).zip(got.chunks(2 * round)) {
+                // Tiles of a pair stay together.
+                prop_assert!(got.chunks(2).all(|pair| pair[0] / 2 == pair[1] / 2));
                 let mut got = got.to_vec();
                 got.sort_unstable();
                 prop_assert_eq!(&got, &(start..start + got.len() as u32).collect::<Vec<_>>());
@@ -420,27 +566,45 @@ mod tests {
         }
 
         #[test]
-        fn every_item_goes_to_the_least_load_left((costs, round) in (prop::collection::vec(0..20_u32, 0..200), 1..40_usize)) {
-            prop_assume!(costs.len() > round);
-            // One item at a time, looking at every place.
+        fn exchanges_even_out(costs in prop::collection::vec([0..20_u32, 0..20_u32], 0..200), round in 1..40_usize) {
+            let mut pairs = numbered(&costs);
+            let mut loads = vec![0; round];
+            deal(&mut pairs, &mut loads);
+            let sums = |pairs: &[Pair]| {
+                let mut sums = vec![0; round];
+                pairs.iter().enumerate().for_each(|(i, pair)| sums[i % round] += pair.work());
+                sums
+            };
+            prop_assert_eq!(&loads, &sums(&pairs));
+            let dealt = loads.clone();
+            exchange(&mut pairs, &mut loads);
+            prop_assert_eq!(&loads, &sums(&pairs));
+            prop_assert!(loads.iter().max() <= dealt.iter().max() && loads.iter().min() >= dealt.iter().min());
+        }
+
+        #[test]
+        fn every_pair_is_dealt_to_the_least_load_left(costs in prop::collection::vec([0..20_u32, 0..20_u32], 0..200), round in 1..40_usize) {
+            // One pair at a time, looking at every place.
             let mut loads = vec![0_u64; round];
             let mut want = Vec::new();
             let all = numbered(&costs);
             let (whole, short) = all.split_at(costs.len() / round * round);
-            for items in std::iter::once(short).chain(whole.chunks(round)) {
-                let mut places = vec![None; items.len()];
-                let mut left = items.to_vec();
+            for pairs in std::iter::once(short).chain(whole.chunks(round)) {
+                let mut places = vec![None; pairs.len()];
+                let mut left = pairs.to_vec();
                 while !left.is_empty() {
-                    let next = (0..left.len()).min_by_key(|&i| (std::cmp::Reverse(left[i].1), i)).unwrap();
+                    let next = (0..left.len()).min_by_key(|&i| (std::cmp::Reverse(left[i].work()), i)).unwrap();
                     let place = (0..places.len()).filter(|&p| places[p].is_none()).min_by_key(|&p| (loads[p], p)).unwrap();
-                    let (WorkItem(item), cost) = left.remove(next);
-                    places[place] = Some(item);
-                    loads[place] += u64::from(cost) + ITEM_COST;
+                    let pair = left.remove(next);
+                    loads[place] += pair.work();
+                    places[place] = Some(pair);
                 }
                 want.extend(places.into_iter().flatten());
             }
             want.rotate_left(short.len());
-            prop_assert_eq!(evened(&costs, round), want);
+            let mut dealt = all;
+            deal(&mut dealt, &mut vec![0; round]);
+            prop_assert_eq!(dealt, want);
         }
     }
 }
