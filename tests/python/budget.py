@@ -86,15 +86,51 @@ def computed_queries(trace: recipe.Trace, anchors: int) -> int:
     return len(in_text | {position[f, nearest[y], x] for (f, y, x), p in position.items() if p not in in_text})
 
 
+def row_loss(dropped: float, kept: float, mass: float) -> float:
+    """The squared relative error of a row that keeps the share `mass` of its energy: of the importances it drops and keeps."""
+    mass = max(mass, 1.0 / 64.0)
+    return dropped * kept / (dropped + kept) / (mass * mass) if dropped + kept > 0 else 0.0
+
+
+def worth(
+    energy: NDArray[np.float64], importance: NDArray[np.float64], forced: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """What dropping each block adds to the loss of its row, least important first, evened out: [q_blocks, kv_blocks].
+
+    Along a row it is the slope of the lower convex hull of the losses over the number of blocks dropped.
+    """
+    found = np.zeros_like(energy)
+    for row in range(len(energy)):
+        free = np.flatnonzero(~forced[row])
+        order = free[np.argsort(importance[row, free], kind="stable")]
+        # Sums from the left, one after the other.
+        (all_worth, mass) = (float(np.cumsum(values[row])[-1]) for values in (importance, energy))
+        hull = [(0, 0.0)]
+        dropped, gone = np.cumsum(importance[row, order]), np.cumsum(energy[row, order])
+        for count, (lost, left) in enumerate(zip(dropped.tolist(), gone.tolist(), strict=True), 1):
+            share = (mass - left) / mass if mass > 0 else 1.0
+            loss = row_loss(lost, max(all_worth - lost, 0.0), share)
+            while len(hull) > 1:
+                (before, low), (last, high) = hull[-2:]
+                if (high - low) * (count - last) < (loss - high) * (last - before):
+                    break
+                hull.pop()
+            hull.append((count, loss))
+        for (start, low), (end, high) in zip(hull, hull[1:], strict=False):
+            found[row, order[start:end]] = max((high - low) / (end - start), 0.0)
+    return found
+
+
 class Evidence:
-    """What a trace says of every site of its covered steps: importances and floors [q_blocks, kv_blocks], errors of anchor rows."""
+    """What a trace says of every site of its covered steps: what blocks are worth, and floors [q_blocks, kv_blocks], and errors of
+    anchor rows."""
 
     def __init__(self, trace: recipe.Trace, policy: Policy) -> None:
         column = None
         if policy.anchors in trace.manifest.get("anchor_counts", []):
             column = trace.manifest["anchor_counts"].index(policy.anchors)
         text = trace.text_blocks()
-        self.importance: dict[Site, NDArray[np.float64]] = {}
+        self.worth: dict[Site, NDArray[np.float64]] = {}
         self.forced: dict[Site, NDArray[np.bool_]] = {}
         self.error: dict[Site, float] = {}
         shards = {step: [trace.shard(step, prompt) for prompt in trace.prompts] for step in trace.covered}
@@ -110,18 +146,19 @@ class Evidence:
                 errors = None
                 if column is not None and all(f"layers.{layer}.anchor_error" in shard for shard in shards[step]):
                     errors = [error[:, column].astype(np.float64) for error in read("anchor_error")]
-                energy, worth = read("block_energy"), read("block_deviation" if deviation else "block_energy")
+                energy, kinds = read("block_energy"), read("block_deviation" if deviation else "block_energy")
                 for head in range(trace.heads):
                     site = step, layer, head
                     decoded = lambda tensors: [recipe.decode(tensor[head], trace.encoding) for tensor in tensors]
-                    value = decoded(worth) if deviation else [e * e for e in decoded(worth)]
-                    self.importance[site] = together(value, policy.over_prompts)
+                    value = decoded(kinds) if deviation else [e * e for e in decoded(kinds)]
+                    importance, mean = together(value, policy.over_prompts), together(decoded(energy), "mean")
                     # The strongest blocks that reach the floor; the strongest one in any case.
                     floor = max(policy.row_recall, sys.float_info.min)
-                    forced = recipe.top_p(together(decoded(energy), "mean"), floor)
+                    forced = recipe.top_p(mean, floor)
                     forced[text, :] = True
                     forced[:, text] = True
                     self.forced[site] = forced
+                    self.worth[site] = worth(mean, importance, forced)
                     if errors:
                         squares = [np.array([error[head] * error[head]]) for error in errors]
                         self.error[site] = float(together(squares, policy.over_prompts)[0])
@@ -162,7 +199,8 @@ def select(trace: recipe.Trace, policy: Policy) -> dict[str, NDArray[np.uint8]]:
     evidence = Evidence(trace, policy)
     w, u = weights(trace, policy)
     weight = w[:, None, None] * u
-    relative = weight / weight.max()
+    # Losses of a row are at most 64 x 64 times its importances.
+    relative = weight / (weight.max() * 4096.0)
     rows, columns = next(iter(evidence.forced.values())).shape
     blocks, heads = rows * columns, trace.layers * trace.heads
     # Work in units that are whole for blocks and for anchor rows.
@@ -175,7 +213,7 @@ def select(trace: recipe.Trace, policy: Policy) -> dict[str, NDArray[np.uint8]]:
     cost = np.zeros((trace.steps, GRID + 1), object)
     for site in sites:
         forced = evidence.forced[source[site]]
-        scores[site] = (relative[site] * evidence.importance[source[site]]).astype(np.float32)
+        scores[site] = (relative[site] * evidence.worth[source[site]]).astype(np.float32)
         scores[site] = np.minimum(scores[site], np.uint32(0x3FFFFFFF).view(np.float32))
         error = evidence.error.get(source[site]) if policy.anchors else None
         kept, better[site] = forms(scores[site], forced, relative[site], error, anchored_units / trace.tokens)

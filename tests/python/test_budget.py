@@ -21,6 +21,21 @@ class ByHand(unittest.TestCase):
         self.assertEqual(budget.together(values, "mean").tolist(), [2.0, 2.0])
         self.assertEqual(budget.together(values, "max").tolist(), [3.0, 4.0])
 
+    def test_what_blocks_of_a_row_are_worth(self) -> None:
+        energy = np.array([[0.5, 0.25, 0.125, 0.125]] * 2)
+        importance = np.array([[0.4, 0.1, 0.02, 0.01]] * 2)
+        forced = np.array([[True, False, False, False], [True, True, True, True]])
+        worth = budget.worth(energy, importance, forced)
+        # Nothing but the strongest block stays: half of the energy. Losses are convex: each block has its own.
+        losses = [0.0, *(d * (0.53 - d) / 0.53 / m**2 for d, m in ((0.01, 0.875), (0.03, 0.75), (0.13, 0.5)))]
+        np.testing.assert_allclose(worth[0], [0, *np.diff(losses)[::-1]], rtol=1e-12)
+        self.assertFalse(worth[1].any())
+        # Where they are not, neighbours share: a block of much energy and no deviation makes the next one cheaper.
+        energy, importance = np.array([[0.25, 0.25, 0.5]]), np.array([[0.5, 0.1, 0.099]])
+        worth = budget.worth(energy, importance, np.array([[True, False, False]]))
+        self.assertTrue(worth[0, 1] >= worth[0, 2] and worth[0, 0] == 0)
+        self.assertAlmostEqual(float(worth.sum()), 0.199 * 0.5 / 0.699 / 0.25**2)
+
     def test_the_form_of_a_site_at_a_price(self) -> None:
         # Two blocks stay anyway; of the others, at a price of 0.3 the two of 0.5 stay and the four of 0.125 go.
         scores = np.array([[9, 0.5, 0.125, 0.125], [0.125, 0.125, 0.5, 9]], np.float32)

@@ -163,7 +163,7 @@ impl Budget {
 /// What a block is worth at its site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Importance {
-    /// Its deviation (D2): what dropping it does to the output of the row.
+    /// Its deviation (D2): what dropping it alone does to the output of the row.
     Deviation,
     /// Its energy squared: what stands for the deviation where values were not looked at.
     Energy,

@@ -295,15 +295,11 @@ fn predicted_losses(
                 .map(|site| (site, plan.op(site)))
                 .collect();
             let sparse = ops.iter().any(|(_, op)| matches!(op, AttnOp::BlockSparse { .. }));
-            let importance = if sparse { scoring.importance(evidence, source)? } else { Vec::new() };
+            let scores = if sparse { Some(scoring.site(evidence, source)?) } else { None };
             let loss = |&(site, op): &(Site, AttnOp)| {
                 let dropped = match op {
                     AttnOp::Dense => Some(0.0),
-                    AttnOp::BlockSparse { mask } => {
-                        let mut sum = 0.0;
-                        for_each_free(&plan.masks[mask], &importance, |_, _, value| sum += value);
-                        Some(sum)
-                    }
+                    AttnOp::BlockSparse { mask } => scores.as_ref().map(|scores| scores.loss(&plan.masks[mask])),
                     AttnOp::AnchorRows { anchors } => {
                         scoring.anchor_importance(evidence, source, anchors)?.map(|error| q_blocks * error)
                     }
@@ -393,8 +389,7 @@ impl<'a> Judge<'a> {
             };
             recalls.extend((0..rows).map(|r| energy.recall(mask, r)));
             if let Some(scoring) = self.scoring {
-                let importance = scoring.importance_of(self.evidence, self.split, prompt, site)?;
-                for_each_free(mask, &importance, |_, _, value| dropped += value);
+                dropped += scoring.site_of(self.evidence, self.split, prompt, site)?.loss(mask);
             }
         }
         let loss = self.scoring.map(|scoring| scoring.weight(site) * dropped / self.prompts as f64);
@@ -412,9 +407,9 @@ impl<'a> Judge<'a> {
             Choice::Budget(selection, scoring) => {
                 let (relative, cut) = (scoring.relative(site), selection.keys[site.step.index()]);
                 let choose = |scores: &SiteScores| {
-                    let forced = scoring.forced(&scores.floor);
+                    let forced = scoring.forced(&scoring.floor(scores));
                     let mut mask = forced.clone();
-                    for_each_free(&forced, &scores.importance, |r, c, value| {
+                    for_each_free(&forced, &scores.worth(&forced), |r, c, value| {
                         if key(relative, value) >= cut {
                             mask.set(r, c);
                         }

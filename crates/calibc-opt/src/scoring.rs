@@ -1,7 +1,23 @@
 //! What each block of a site is worth: weights, importances and floors, for the policy `budget` and for the predicted loss.
 //!
+//! A row of blocks that keeps the share `m` of its energy loses
+//!
+//! ```text
+//! dropped * kept / ((dropped + kept) * m^2)        of the importances that it drops and keeps
+//! ```
+//!
+//! of its output, squared. Few blocks add up: their errors are taken as independent. Dropping more raises the weight of what stays,
+//! and all errors with it, by 1/m; and as the errors of all blocks of a row cancel, those of the last ones are those of the first
+//! again, with another sign. (Of `n` blocks of equal mass and random values, `s` dropped: s/n / (1 - s/n) times the sum of all importances,
+//! which is what the mean of a sample is off by.)
+//!
+//! Blocks of a row are dropped in the order of their importances, least first. What a block is worth is what dropping it adds to the
+//! loss, evened out so that it never falls along the row: one price then decides for every block which of them are dropped, and what they are
+//! worth adds up to the loss.
+//!
 //! All arithmetic is `f64` in a fixed order, and part of the result: over the prompts from 0.0 in their order, then one division;
-//! a score is `((w * u) / largest) * importance`, rounded to `f32`. Scores order like their bits, so that a threshold is an integer.
+//! sums over a row from 0.0 in the order of columns, or of dropping. A score is `((w * u) / largest) * worth`, rounded to `f32`. Scores order
+//! like their bits, so that a threshold is an integer.
 
 use calibc_ir::{BlockMask, Geometry, Plan, Site};
 
@@ -61,7 +77,8 @@ pub(crate) struct Scoring {
     pub(crate) weighed: Weighed,
     /// By site; empty: 1 each.
     heads: Vec<f64>,
-    /// The largest `w * u` of the plan: scores are relative to it, and so never leave the range of `f32`.
+    /// The largest `w * u` of the plan, times the most that a row's loss can grow by: scores are relative to it, and so never leave
+    /// the range of keys.
     pub(crate) largest: f64,
     pub(crate) over_prompts: OverPrompts,
     row_recall: f64,
@@ -70,11 +87,102 @@ pub(crate) struct Scoring {
     sites: (usize, usize),
 }
 
-/// What one site's blocks are worth, and which of them stay whatever they are worth.
+/// What is known of one site's blocks, over one or several prompts: `[q_blocks, kv_blocks]` each.
 pub(crate) struct SiteScores {
-    /// Over the prompts, `[q_blocks, kv_blocks]`.
-    pub(crate) importance: Vec<f64>,
-    pub(crate) floor: Floor,
+    energy: Vec<f64>,
+    importance: Vec<f64>,
+}
+
+/// A row keeps at least this share of its energy as far as losses go: nothing is known of rows that keep less.
+const LEAST_KEPT: f64 = 1.0 / 64.0;
+
+/// The loss of a row that keeps the share `mass` of its energy, of the importances it drops and keeps.
+fn row_loss(dropped: f64, kept: f64, mass: f64) -> f64 {
+    let all = dropped + kept;
+    if all > 0.0 {
+        let mass = mass.max(LEAST_KEPT);
+        dropped * kept / all / (mass * mass)
+    } else {
+        0.0
+    }
+}
+
+impl SiteScores {
+    /// What a mask loses, in the unit of importances: the sum over its rows.
+    pub(crate) fn loss(&self, mask: &BlockMask) -> f64 {
+        let cols = mask.cols() as usize;
+        let rows = self.energy.chunks_exact(cols).zip(self.importance.chunks_exact(cols));
+        let of_row = |(r, (energy, importance)): (u32, (&[f64], &[f64]))| {
+            let (mut dropped, mut kept, mut gone, mut stays) = (0.0, 0.0, 0.0, 0.0);
+            for (c, (energy, importance)) in (0..).zip(energy.iter().zip(importance)) {
+                let (worth, mass) = if mask.get(r, c) { (&mut kept, &mut stays) } else { (&mut dropped, &mut gone) };
+                *worth += importance;
+                *mass += energy;
+            }
+            row_loss(dropped, kept, share_of(stays, gone + stays))
+        };
+        (0..).zip(rows).map(of_row).sum()
+    }
+
+    /// What every block is worth beside those of `forced`, which stay, and which are worth nothing here.
+    pub(crate) fn worth(&self, forced: &BlockMask) -> Vec<f64> {
+        let cols = forced.cols() as usize;
+        let mut worth = vec![0.0; self.energy.len()];
+        let mut row = Row::default();
+        let rows = self.energy.chunks_exact(cols).zip(self.importance.chunks_exact(cols));
+        for (r, ((energy, importance), worth)) in (0..).zip(rows.zip(worth.chunks_exact_mut(cols))) {
+            row.order.clear();
+            row.order.extend((0..cols as u16).filter(|&c| !forced.get(r, c.into())));
+            row.fill(energy, importance, worth);
+        }
+        worth
+    }
+}
+
+/// `part` of `all`; everything where there is nothing.
+fn share_of(part: f64, all: f64) -> f64 {
+    if all > 0.0 { part / all } else { 1.0 }
+}
+
+/// The work of [`SiteScores::worth`] on one row; it is kept for its memory.
+#[derive(Default)]
+struct Row {
+    /// The columns that may be dropped.
+    order: Vec<u16>,
+    /// The lower convex hull of losses over numbers of blocks dropped.
+    hull: Vec<(usize, f64)>,
+}
+
+impl Row {
+    fn fill(&mut self, energy: &[f64], importance: &[f64], worth: &mut [f64]) {
+        let Self { order, hull } = self;
+        let all: f64 = importance.iter().fold(0.0, |sum, value| sum + value);
+        let mass: f64 = energy.iter().fold(0.0, |sum, value| sum + value);
+        // Least first, of equal ones the first.
+        order.sort_unstable_by(|&a, &b| {
+            importance[usize::from(a)].total_cmp(&importance[usize::from(b)]).then(a.cmp(&b))
+        });
+        hull.clear();
+        hull.push((0, 0.0));
+        let (mut dropped, mut gone) = (0.0, 0.0);
+        for (count, &column) in (1..).zip(order.iter()) {
+            dropped += importance[usize::from(column)];
+            gone += energy[usize::from(column)];
+            let loss = row_loss(dropped, (all - dropped).max(0.0), share_of(mass - gone, mass));
+            // What lies above the line from its neighbours goes.
+            while let [.., (before, low), (last, high)] = hull[..]
+                && (high - low) * (count - last) as f64 >= (loss - high) * (last - before) as f64
+            {
+                hull.pop();
+            }
+            hull.push((count, loss));
+        }
+        for pair in hull.windows(2) {
+            let ((from, low), (to, high)) = (pair[0], pair[1]);
+            let each = ((high - low) / (to - from) as f64).max(0.0);
+            order[from..to].iter().for_each(|&column| worth[usize::from(column)] = each);
+        }
+    }
 }
 
 /// Blocks that rows keep whatever they are worth, text blocks left out: columns by row.
@@ -138,7 +246,7 @@ impl Scoring {
             shape: shape_of(plan),
             sites: (plan.model.layers as usize, plan.model.heads as usize),
         };
-        scoring.largest = plan.sites().map(|site| scoring.weight(site)).fold(0.0, f64::max);
+        scoring.largest = plan.sites().map(|site| scoring.weight(site)).fold(0.0, f64::max) / (LEAST_KEPT * LEAST_KEPT);
         if scoring.largest > 0.0 { Ok((scoring, lacks)) } else { Err(OptError::NoWeight) }
     }
 
@@ -154,7 +262,7 @@ impl Scoring {
     }
 
     /// The importances at `source`, the covered step of a site, of one prompt.
-    pub(crate) fn importance_of(
+    fn importance_of(
         &self,
         evidence: &dyn Evidence,
         split: Split,
@@ -171,26 +279,31 @@ impl Scoring {
         })
     }
 
-    /// The importances at `source`, the covered step of a site.
-    pub(crate) fn importance(&self, evidence: &dyn Evidence, source: Site) -> Result<Vec<f64>, OptError> {
-        let prompts = evidence.prompts(Split::Calibration);
-        let mut all = vec![0.0; self.blocks()];
-        for prompt in 0..prompts {
-            fold(self.over_prompts, &mut all, &self.importance_of(evidence, Split::Calibration, prompt, source)?);
-        }
-        Ok(finish(self.over_prompts, all, prompts))
+    /// What is known at `source`, the covered step of a site, of one prompt.
+    pub(crate) fn site_of(
+        &self,
+        evidence: &dyn Evidence,
+        split: Split,
+        prompt: usize,
+        source: Site,
+    ) -> Result<SiteScores, OptError> {
+        let energy = evidence.energy_of(split, prompt, source, self.shape)?.values;
+        Ok(SiteScores { energy, importance: self.importance_of(evidence, split, prompt, source)? })
     }
 
-    /// The scores at `source`, the covered step of a site.
+    /// What is known at `source`, the covered step of a site, over the calibration prompts.
     pub(crate) fn site(&self, evidence: &dyn Evidence, source: Site) -> Result<SiteScores, OptError> {
         let prompts = evidence.prompts(Split::Calibration);
-        let mut energy = vec![0.0; self.blocks()];
+        let (mut energy, mut importance) = (vec![0.0; self.blocks()], vec![0.0; self.blocks()]);
         for prompt in 0..prompts {
-            let of_prompt = evidence.energy_of(Split::Calibration, prompt, source, self.shape)?;
-            fold(OverPrompts::Mean, &mut energy, &of_prompt.values);
+            let of_prompt = self.site_of(evidence, Split::Calibration, prompt, source)?;
+            fold(OverPrompts::Mean, &mut energy, &of_prompt.energy);
+            fold(self.over_prompts, &mut importance, &of_prompt.importance);
         }
-        let floor = self.floor(&finish(OverPrompts::Mean, energy, prompts));
-        Ok(SiteScores { importance: self.importance(evidence, source)?, floor })
+        Ok(SiteScores {
+            energy: finish(OverPrompts::Mean, energy, prompts),
+            importance: finish(self.over_prompts, importance, prompts),
+        })
     }
 
     /// [`Scoring::site`] without each calibration prompt in turn; there are at least two.
@@ -198,13 +311,17 @@ impl Scoring {
         let prompts = evidence.prompts(Split::Calibration);
         let (mut energies, mut importances) = (Vec::new(), Vec::new());
         for prompt in 0..prompts {
-            energies.push(evidence.energy_of(Split::Calibration, prompt, source, self.shape)?.values);
-            importances.push(self.importance_of(evidence, Split::Calibration, prompt, source)?);
+            let of_prompt = self.site_of(evidence, Split::Calibration, prompt, source)?;
+            energies.push(of_prompt.energy);
+            importances.push(of_prompt.importance);
         }
         let energies = others(OverPrompts::Mean, energies);
         let importances = others(self.over_prompts, importances);
-        let both = energies.into_iter().zip(importances);
-        Ok(both.map(|(energy, importance)| SiteScores { importance, floor: self.floor(&energy) }).collect())
+        Ok(energies
+            .into_iter()
+            .zip(importances)
+            .map(|(energy, importance)| SiteScores { energy, importance })
+            .collect())
     }
 
     /// Squared relative error of a site at `anchors` anchor rows; `None` where it was not recorded.
@@ -225,7 +342,7 @@ impl Scoring {
     }
 
     /// Row by row, strongest first (ties: the lower index), the fewest blocks that reach the recall floor, and at least one.
-    fn floor(&self, energy: &[f64]) -> Floor {
+    pub(crate) fn floor(&self, SiteScores { energy, .. }: &SiteScores) -> Floor {
         let (rows, cols) = (self.shape.0 as usize, self.shape.1 as usize);
         let mut floor = Floor { ends: Vec::with_capacity(rows), columns: Vec::with_capacity(rows) };
         let mut order: Vec<u16> = Vec::with_capacity(cols);
@@ -277,9 +394,9 @@ impl Scoring {
     }
 }
 
-/// Calls `f` with the row, the column and the importance of every block that `forced` leaves free, in order.
-pub(crate) fn for_each_free(forced: &BlockMask, importance: &[f64], mut f: impl FnMut(u32, u32, f64)) {
-    for (r, row) in (0..).zip(importance.chunks_exact(forced.cols() as usize)) {
+/// Calls `f` with the row, the column and the worth of every block that `forced` leaves free, in order.
+pub(crate) fn for_each_free(forced: &BlockMask, worth: &[f64], mut f: impl FnMut(u32, u32, f64)) {
+    for (r, row) in (0..).zip(worth.chunks_exact(forced.cols() as usize)) {
         for ((base, &word), values) in (0..).step_by(32).zip(forced.row(r)).zip(row.chunks(32)) {
             for (bit, &value) in (0..).zip(values) {
                 if word >> bit & 1 == 0 {
@@ -290,12 +407,12 @@ pub(crate) fn for_each_free(forced: &BlockMask, importance: &[f64], mut f: impl 
     }
 }
 
-/// Above every key there is: scores are at most 1, but for the rounding of encodings.
+/// Above every key there is: blocks of larger scores, which lose more than all else of their row together, count as equal.
 pub(crate) const KEYS: u32 = 0x4000_0000;
 
 /// The score of a block, as an integer of the same order below [`KEYS`].
-pub(crate) fn key(relative: f64, importance: f64) -> u32 {
-    ((relative * importance) as f32).to_bits().min(KEYS - 1)
+pub(crate) fn key(relative: f64, worth: f64) -> u32 {
+    ((relative * worth) as f32).to_bits().min(KEYS - 1)
 }
 
 fn fold(over: OverPrompts, all: &mut [f64], one: &[f64]) {
@@ -340,6 +457,36 @@ mod tests {
         assert!(scores.windows(2).all(|pair| key(1.0, pair[0]) < key(1.0, pair[1])));
         assert_eq!((key(0.0, 1.0), key(1.0, 1e9)), (0, KEYS - 1));
         assert_eq!(f32::from_bits(key(0.5, 0.5)), 0.25);
+    }
+
+    #[test]
+    fn what_blocks_are_worth_adds_up_to_the_loss_of_their_row() {
+        // A row that loses more at first than later: an average over the block that bends it.
+        let energy = vec![0.02, 0.5, 0.1, 0.3, 0.08];
+        let importance = vec![1e-5, 0.4, 0.002, 0.1, 0.0021];
+        let scores = SiteScores { energy, importance };
+        let forced = BlockMask::from_fn(1, 5, |_, c| c == 1);
+        let worth = scores.worth(&forced);
+        assert!(worth[0] < worth[2] && worth[2] <= worth[4] && worth[4] < worth[3] && worth[1] == 0.0, "{worth:?}");
+        // At the corners of the hull the sums are the losses.
+        let loss = |kept: &[u32]| scores.loss(&BlockMask::from_fn(1, 5, |_, c| kept.contains(&c)));
+        let close = |a: f64, b: f64| (a - b).abs() < 1e-12 * b;
+        assert!(close(worth[0], loss(&[1, 2, 3, 4])), "{worth:?}");
+        assert!(close(worth[0] + worth[2] + worth[4], loss(&[1, 3])), "{worth:?}");
+        assert!(close(worth.iter().sum(), loss(&[1])), "{worth:?}");
+        assert_eq!((loss(&[0, 1, 2, 3, 4]), row_loss(0.0, 0.0, 0.0)), (0.0, 0.0));
+    }
+
+    /// Random values of equal mass: the mean of some of them against the mean of all.
+    #[test]
+    fn a_row_of_like_blocks_loses_what_a_sample_is_off_by() {
+        let n = 16;
+        let scores = SiteScores { energy: vec![1.0 / 16.0; n], importance: vec![1.0 / 16.0; n] };
+        for kept in 1..=16_u32 {
+            let mask = BlockMask::from_fn(1, n as u32, |_, c| c < kept);
+            let want = 16.0 / f64::from(kept) - 1.0;
+            assert!((scores.loss(&mask) - want).abs() < 1e-9, "{kept}");
+        }
     }
 
     #[test]

@@ -87,10 +87,39 @@ impl Case {
         self.plan.sites().map(|site| self.weight(site)).fold(0.0, f64::max)
     }
 
-    /// The score of every block of `site`, as it is compared.
+    /// The mean energy that `prompts` see in each block of `site`.
+    fn energy(&self, site: Site, prompts: &[usize]) -> Vec<f64> {
+        let energies: Vec<&BlockEnergy> =
+            prompts.iter().map(|&p| &self.mock.calibration[p][&self.source(site)]).collect();
+        let of = |i: usize| energies.iter().map(|e| e.values[i]).sum::<f64>() / energies.len() as f64;
+        (0..energies[0].values.len()).map(of).collect()
+    }
+
+    /// The score of every block of `site`, as it is compared; what stays anyway has none.
     fn scores(&self, site: Site, prompts: &[usize]) -> Vec<f32> {
-        let relative = self.weight(site) / self.largest();
-        self.importance(site, prompts).iter().map(|value| (relative * value) as f32).collect()
+        let (energy, importance) = (self.energy(site, prompts), self.importance(site, prompts));
+        let forced = self.forced(site, prompts);
+        let cols = forced.cols() as usize;
+        let worth = (0..forced.rows()).flat_map(|r| {
+            let row = r as usize * cols..(r as usize + 1) * cols;
+            let free: Vec<usize> = (0..cols).filter(|&c| !forced.get(r, c as u32)).collect();
+            worth(&energy[row.clone()], &importance[row], &free)
+        });
+        // Losses of a row are at most 64 x 64 times its deviations.
+        let relative = self.weight(site) / (self.largest() * 4096.0);
+        worth.map(|worth| (relative * worth) as f32).collect()
+    }
+
+    /// What a mask loses at `site` by what `prompts` say, without weights.
+    fn lost(&self, site: Site, prompts: &[usize], mask: &BlockMask) -> f64 {
+        let (energy, importance) = (self.energy(site, prompts), self.importance(site, prompts));
+        let cols = mask.cols() as usize;
+        let of_row = |r: u32| {
+            let row = r as usize * cols..(r as usize + 1) * cols;
+            let out: Vec<usize> = (0..cols).filter(|&c| !mask.get(r, c as u32)).collect();
+            row_loss(&energy[row.clone()], &importance[row], &out)
+        };
+        (0..mask.rows()).map(of_row).sum()
     }
 
     /// Blocks that stay whatever they are worth.
@@ -152,6 +181,34 @@ impl Case {
             AttnOp::AnchorRows { .. } => None,
         }
     }
+}
+
+/// The squared relative error of a row without the columns `out`.
+fn row_loss(energy: &[f64], importance: &[f64], out: &[usize]) -> f64 {
+    let [mass, all] = [energy, importance].map(|values| values.iter().fold(0.0, |sum, value| sum + value));
+    let [gone, dropped] = [energy, importance].map(|values| out.iter().fold(0.0, |sum, &c| sum + values[c]));
+    let kept = f64::max(all - dropped, 0.0);
+    let share = if mass > 0.0 { f64::max((mass - gone) / mass, 1.0 / 64.0) } else { 1.0 };
+    if dropped + kept > 0.0 { dropped * kept / (dropped + kept) / (share * share) } else { 0.0 }
+}
+
+/// What dropping each of the columns `free` of a row adds to its loss, evened out: the slopes of the largest convex function of the
+/// number of dropped columns that is nowhere above the losses.
+fn worth(energy: &[f64], importance: &[f64], free: &[usize]) -> Vec<f64> {
+    let mut order = free.to_vec();
+    order.sort_by(|&a, &b| importance[a].total_cmp(&importance[b]));
+    let losses: Vec<f64> = (0..=order.len()).map(|n| row_loss(energy, importance, &order[..n])).collect();
+    let slope = |from: usize, to: usize| (losses[to] - losses[from]) / (to - from) as f64;
+    let mut worth = vec![0.0; energy.len()];
+    let mut at = 0;
+    while at < order.len() {
+        // The flattest way on, as far as it goes.
+        let flattest = (at + 1..=order.len()).map(|to| slope(at, to)).fold(f64::INFINITY, f64::min);
+        let to = (at + 1..=order.len()).rev().find(|&to| slope(at, to) <= flattest).unwrap();
+        order[at..to].iter().for_each(|&column| worth[column] = slope(at, to).max(0.0));
+        at = to;
+    }
+    worth
 }
 
 fn density(plan: &Plan, sites: impl Iterator<Item = Site>) -> f64 {
@@ -436,7 +493,7 @@ proptest! {
         prop_assert!(kept >= dropped, "{} kept, {} dropped", kept, dropped);
         // At the price of work each site has the form that costs less, but for what rounding scores to buckets may hide.
         for site in plan.sites() {
-            let price = selection.prices[site.step.index()] / case.largest();
+            let price = selection.prices[site.step.index()] / case.largest() / 4096.0;
             let forced = case.forced(site, &everybody);
             let (mut lost, mut count, mut at_price) = (0.0, forced.count() as f64, 0.0);
             for (i, score) in (0..).zip(case.scores(site, &everybody)) {
@@ -452,7 +509,7 @@ proptest! {
             }
             let error = case.put_together(case.mock.errors[&case.source(site)].iter().map(|e| e * e));
             let rows = f64::from(plan.geometry.num_q_blocks());
-            let anchored = case.weight(site) / case.largest() * rows * error + price * table * case.blocks() as f64;
+            let anchored = case.weight(site) / (case.largest() * 4096.0) * rows * error + price * table * case.blocks() as f64;
             let masked = lost + price * count;
             let at_price = at_price + 1e-12 * masked;
             match case.mask(&plan, site) {
@@ -475,11 +532,7 @@ proptest! {
                 let errors = &case.mock.errors[&case.source(site)];
                 case.weight(site) * rows * case.put_together(errors.iter().map(|e| e * e))
             }
-            Some(mask) => {
-                let cols = mask.cols();
-                let blocks = (0..).zip(case.importance(site, &everybody)).filter(|(i, _)| !mask.get(i / cols, i % cols));
-                case.weight(site) * blocks.map(|(_, value)| value).sum::<f64>()
-            }
+            Some(mask) => case.weight(site) * case.lost(site, &everybody, &mask),
         };
         let close = |a: Option<f64>, b: f64| a.is_some_and(|a| (a - b).abs() <= 1e-9 * b.max(1e-12));
         prop_assert!(close(report.overall.loss, plan.sites().map(loss).sum()));
@@ -501,7 +554,7 @@ proptest! {
                 continue;
             }
             predicted += loss(site);
-            let cut = selection.thresholds[site.step.index()].map(|t| (t / case.largest()) as f32);
+            let cut = selection.thresholds[site.step.index()].map(|t| (t / (case.largest() * 4096.0)) as f32);
             for &left_out in &everybody {
                 let others: Vec<usize> = everybody.iter().copied().filter(|&p| p != left_out).collect();
                 let (forced, scores) = (case.forced(site, &others), case.scores(site, &others));
@@ -509,9 +562,7 @@ proptest! {
                 let mask = BlockMask::from_fn(forced.rows(), cols, |r, c| {
                     forced.get(r, c) || cut.is_some_and(|cut| scores[(r * cols + c) as usize] >= cut)
                 });
-                let alone = (0..).zip(case.importance(site, &[left_out]));
-                let dropped: f64 = alone.filter(|(i, _)| !mask.get(i / cols, i % cols)).map(|(_, value)| value).sum();
-                judged += case.weight(site) * dropped / everybody.len() as f64;
+                judged += case.weight(site) * case.lost(site, &[left_out], &mask) / everybody.len() as f64;
                 let energy = &case.mock.calibration[left_out][&site];
                 recalls.extend((0..energy.rows).map(|r| energy.recall(&mask, r)));
             }

@@ -67,7 +67,7 @@ fn holdout_prompts_judge_where_there_are_any() {
 #[test]
 fn predicted_losses_are_put_to_the_test() {
     let mut mock = mock();
-    mock.holdout = vec![energies(|_| [1.0, 1.0]); 2];
+    mock.holdout = vec![energies(|_| [0.8, 0.8]); 2];
     let deviations = |dropped: f64| -> BTreeMap<Site, BlockEnergy> {
         let energy = BlockEnergy { rows: 2, cols: 2, values: vec![0.9, dropped, dropped, 0.9] };
         energies(|_| [1.0, 1.0]).into_keys().map(|site| (site, energy.clone())).collect()
@@ -79,12 +79,15 @@ fn predicted_losses_are_put_to_the_test() {
     let (_, report) = compile(&Policy::CalibAtt(recipe()), &mock);
     assert_eq!(report.weighed.as_ref().map(|w| w.steps.clone()), Some(vec![2.0, 1.0, 0.5]));
     let close = |a: Option<f64>, b: f64| a.is_some_and(|a| (a - b).abs() < 1e-12);
-    // Two layers, two rows, one block dropped of each; step 1 takes the deviations of step 0 and is not judged.
-    assert!(close(report.overall.loss, 2.0 * 2.0 * 0.01 * 3.5), "{:?}", report.overall);
-    assert!(close(report.steps[1].loss, 2.0 * 2.0 * 0.01) && report.steps[1].judged.is_none());
+    // Two layers, two rows, one block dropped of each; step 1 takes the deviations of step 0 and is not judged. Rows keep all
+    // of their energy, and 0.8 of it on the prompts that judge.
+    let row = |dropped: f64, mass: f64| dropped * 0.9 / (dropped + 0.9) / (mass * mass);
+    assert!(close(report.overall.loss, 2.0 * 2.0 * row(0.01, 1.0) * 3.5), "{:?}", report.overall);
+    assert!(close(report.steps[1].loss, 2.0 * 2.0 * row(0.01, 1.0)) && report.steps[1].judged.is_none());
     let judged = report.overall.judged.unwrap();
-    assert!(close(Some(judged.predicted), 2.0 * 2.0 * 0.01 * 2.5), "{judged:?}");
-    assert!(close(Some(judged.loss), 2.0 * 2.0 * 0.04 * 2.5), "{judged:?}");
+    assert!(close(Some(judged.predicted), 2.0 * 2.0 * row(0.01, 1.0) * 2.5), "{judged:?}");
+    let mean = (row(0.02, 0.8) + row(0.06, 0.8)) / 2.0;
+    assert!(close(Some(judged.loss), 2.0 * 2.0 * mean * 2.5), "{judged:?}");
     let (_, without) = compile(&Policy::CalibAtt(recipe()), &Mock { deviation: Vec::new(), ..mock });
     assert_eq!((without.overall.loss, without.overall.judged, without.weighed), (None, None, None));
 }

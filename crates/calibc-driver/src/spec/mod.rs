@@ -430,7 +430,8 @@ impl<'de> Deserialize<'de> for RepetitionSpec {
 }
 
 /// One global optimum: of all plans of the wanted density, the one whose predicted loss is least. Dropping a block costs the weight
-/// of its step times the weight of its head times its deviation; one threshold on that decides for the whole plan.
+/// of its step times the weight of its head times what it adds to the error of its row, beside the blocks that matter less; one
+/// threshold on that decides for the whole plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BudgetSpec {
@@ -560,7 +561,7 @@ impl<'de> Deserialize<'de> for AnchorsSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ImportanceSpec {
-    /// Its deviation: what dropping it changes in the output of its row. Where the traces have none, energies squared.
+    /// Its deviation: what dropping it alone changes in the output of its row. Where the traces have none, energies squared.
     #[default]
     Deviation,
     /// Its energy squared.

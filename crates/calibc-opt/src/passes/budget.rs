@@ -124,7 +124,9 @@ impl Sweep<'_> {
         let level = |step: u32| &levels[step as usize % levels.len()];
         self.map(work, |run, source, _| {
             let scores = self.scoring.site(self.cx.evidence, source)?;
-            let forced = self.scoring.forced(&scores.floor);
+            let floor = self.scoring.floor(&scores);
+            let forced = self.scoring.forced(&floor);
+            let worth = scores.worth(&forced);
             let count = forced.count();
             let error = match self.anchors {
                 Some((anchors, _)) => self.scoring.anchor_importance(self.cx.evidence, source, anchors)?,
@@ -135,16 +137,14 @@ impl Sweep<'_> {
             for step in run.targets.clone() {
                 let relative = self.scoring.relative(Site { step: StepId(step), ..source });
                 buckets.fill(0);
-                for_each_free(&forced, &scores.importance, |_, _, value| {
-                    buckets[(key(relative, value) >> 16) as usize] += 1
-                });
+                for_each_free(&forced, &worth, |_, _, value| buckets[(key(relative, value) >> 16) as usize] += 1);
                 let anchored = self.anchors.zip(error).map(|((_, units), error)| Anchored {
                     loss: relative * (self.q_blocks as f64 * error),
                     blocks: units as f64 / self.block_units as f64,
                 });
                 spans.push(level(step).add(count, &buckets, anchored));
             }
-            Ok(Surveyed { floor: scores.floor, forced: count, has_error: error.is_some(), spans })
+            Ok(Surveyed { floor, forced: count, has_error: error.is_some(), spans })
         })
     }
 
@@ -167,8 +167,8 @@ impl Sweep<'_> {
             if masked.is_empty() {
                 return Ok(());
             }
-            let importance = self.scoring.importance(self.cx.evidence, source)?;
             let mask = self.scoring.forced(floor);
+            let worth = self.scoring.site(self.cx.evidence, source)?.worth(&mask);
             let mut buckets = vec![0_u32; COARSE];
             let mut near = Vec::new();
             for step in masked {
@@ -176,7 +176,7 @@ impl Sweep<'_> {
                 let count = &counts[groups.of[step as usize]];
                 buckets.fill(0);
                 near.clear();
-                for_each_free(&mask, &importance, |_, _, value| {
+                for_each_free(&mask, &worth, |_, _, value| {
                     let key = key(relative, value);
                     let bucket = (key >> 16) as usize;
                     buckets[bucket] += 1;
@@ -210,13 +210,13 @@ impl Sweep<'_> {
                     if targets().all(|(step, span)| groups.anchored(step, *span)) {
                         return Ok(targets().map(|_| None).collect());
                     }
-                    let importance = self.scoring.importance(self.cx.evidence, source)?;
                     let forced = self.scoring.forced(&surveyed.floor);
+                    let worth = self.scoring.site(self.cx.evidence, source)?.worth(&forced);
                     let choice = |(step, span): (u32, &Span)| {
                         let site = Site { step: StepId(step), ..source };
                         let cut = cuts[groups.of[step as usize]].key;
                         (!groups.anchored(step, *span))
-                            .then(|| Chosen::new(&forced, &importance, self.scoring.relative(site), cut))
+                            .then(|| Chosen::new(&forced, &worth, self.scoring.relative(site), cut))
                     };
                     Ok(targets().map(choice).collect::<Vec<_>>())
                 })?
@@ -247,9 +247,9 @@ struct Chosen {
 }
 
 impl Chosen {
-    fn new(forced: &BlockMask, importance: &[f64], relative: f64, cut: u32) -> Self {
+    fn new(forced: &BlockMask, worth: &[f64], relative: f64, cut: u32) -> Self {
         let mut chosen = Self { mask: forced.clone(), equals: None };
-        for_each_free(forced, importance, |r, c, value| {
+        for_each_free(forced, worth, |r, c, value| {
             let key = key(relative, value);
             if key > cut {
                 chosen.mask.set(r, c);
