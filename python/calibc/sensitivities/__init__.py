@@ -7,13 +7,16 @@
     )
     calibc.compile("traces/", out="plan.bundle", spec="budget.yaml")
 
-The loss of a plan is predicted as the sum of w(t) * u(t,l,h) * D2[r,c] over all blocks (r,c) that it drops at the steps t, layers
-l and heads h, with D2 from the traces: the relative squared error of the head's output on the rows of r. Here the other two are
-measured, on a few generations:
+The loss of a plan is predicted as the sum over all rows of blocks, at the steps t, layers l and heads h, of w(t) * u(t,l,h) * the row's
+own loss: the relative squared error of the head's output on these rows, which `budget` tells from the D2 and the energies of the
+blocks that are dropped (`errors.row_loss`). Here the other two are measured, on a few generations:
 
-    w(t)      mean squared error of the final latents per mean squared error of step t's guided velocity: noise is added to the
+    w(t)      mean squared error of the final latents per mean squared error of step t's guided velocity: such an error is added to the
               velocity of the step, in all branches alike, and the sampler goes on
-    u(t,l,h)  mean squared error of the guided velocity per unit of D2, summed over rows and blocks of the head
+    u(t,l,h)  mean squared error of the guided velocity per unit of row loss, summed over the rows of the head
+
+w is of errors as plans make them: the change of the velocity when all heads drop their blocks of least D2, at another size. White noise
+is no such error: later steps take it for noise and remove it, and steps in the middle of a schedule seem to forgive what they do not.
 
 u by `gradient`: E <z, J d>^2 = |J d|^2 for z of independent normal values (Hutchinson's estimator of the squared norm of the Jacobian
 J), where d runs over the changes of a head's output, row block by row block, when its blocks of least D2 are dropped; one backward pass
@@ -25,9 +28,9 @@ u + s (c - u), before they are squared. "Velocity" is whatever the model predict
 guidance, is in w.
 
 Memory of `gradient`: the weights, the input of every block ([tokens, width] each, in the model's type), and one block's activations
-with their gradients; parameters get none. Wan 14B at 75,600 tokens: 28 + 31 GB, and some 25 GB by estimate. Time: per measured step,
-projection and branch about five forward passes and the statistics; per prompt, a generation as it is and half of one for each measured
-step.
+with their gradients; parameters get none. Wan 14B at 75,600 tokens: 28 + 31 GB, and some 25 GB by estimate. Time: per measured step
+and branch about five forward passes and the statistics for each projection, and three for w; per prompt, a generation as it is and half of
+one for each measured step.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class SensitivityConfig:
     method: Literal["gradient", "exact"] = "gradient"
     """u by gradients of random projections, or by making one head wrong at a time: 2 x layers x heads passes."""
     errors: Literal["blocks", "noise"] = "blocks"
-    """What errors of a head look like: what dropping blocks gives, or white noise on its output."""
+    """What errors look like: what dropping blocks gives, or white noise on the output of a head, and on the velocity."""
     dropped: float = 0.5
     """Share of a head's blocks, those of least D2, that are dropped for `blocks`: about as many as plans will drop."""
     steps: Sequence[int] | int = 6
@@ -74,10 +77,10 @@ class SensitivityConfig:
     projections: int = 2
     """Random projections of the velocity (gradient), or draws of errors (exact), to average."""
     row_blocks: int = 64
-    """Query blocks of each head that stand for all, for `gradient` with `blocks`."""
+    """Query blocks of each head that stand for all, for `blocks`; `exact` takes all of them for u."""
     velocity_noise: float = 0.2
-    """Noise on a step's velocity for w, relative to its root mean square and times the square root of the number of steps. The latents
-    change by a few percent then; in bfloat16 less drowns in the rounding of all later steps."""
+    """Size of the error of a step's velocity for w, relative to its root mean square and times the square root of the number of steps.
+    The latents change by a few percent then; in bfloat16 less drowns in the rounding of all later steps."""
     head_error: float = 0.25
     """Error of a head for `exact` with `noise`, relative to its output."""
     seed: int = 0
@@ -182,12 +185,15 @@ def sensitivity(
             for i, step in enumerate(steps):
                 bar.say(f"step {step}: heads")
                 passes = [p for p in follower.passes if p.step == step]
-                by_head[i] += _of_heads(follower, passes, geometry, trace.branch, config, number, bar.tick)
+                of_heads, direction = _of_heads(follower, passes, geometry, trace.branch, config, number, bar.tick)
+                by_head[i] += of_heads
                 for p in passes:
                     # Embeddings and latents of many steps need not stay.
                     p.arguments = None
                 bar.say(f"step {step}: going on with another velocity")
-                by_step[i] += _of_step(follower, each, latents, passes, len(trace.sigmas), config, number, bar.tick)
+                by_step[i] += _of_step(
+                    follower, each, latents, passes, direction, len(trace.sigmas), config, number, bar.tick
+                )
     result = Sensitivity(
         _interpolated(by_step / len(runs), steps, len(trace.sigmas)),
         _interpolated(by_head / len(runs), steps, len(trace.sigmas)),
@@ -227,16 +233,18 @@ def _of_heads(
     config: SensitivityConfig,
     number: int,
     tick: Callable[[], None],
-) -> Tensor:
-    """u of one step: float64 [layers, heads]."""
+) -> tuple[Tensor, Tensor]:
+    """u of one step, float64 [layers, heads], and an error of the velocity [...] such as plans make."""
     adapter = follower.adapters[passes[0].component]
     seed = f"{config.seed}/{number}"
     # Gradients need tensors that inference_mode does not make.
     measured = HeadErrors(adapter, geometry, branch, config.errors, config.dropped, config.row_blocks, seed)
     with torch.inference_mode(False), torch.no_grad(), measured as heads:
         if config.method == "gradient":
-            return heads.gradient(passes, config.projections, tick)
-        return heads.exact(passes, config.projections, config.head_error, tick)
+            found = heads.gradient(passes, config.projections, tick)
+        else:
+            found = heads.exact(passes, config.projections, config.head_error, tick)
+        return found, heads.velocity_error(passes)
 
 
 def _of_step(
@@ -244,17 +252,17 @@ def _of_step(
     run: Callable[[], object],
     latents: Tensor,
     passes: list[Pass],
+    direction: Tensor,
     steps: int,
     config: SensitivityConfig,
     number: int,
     tick: Callable[[], None],
 ) -> float:
-    """w of one step of so many."""
-    step, shape = passes[0].step, passes[0].velocity.shape[1:]
+    """w of one step of so many, of errors along `direction`."""
+    step = passes[0].step
     right = by_branch(passes, [each.velocity for each in passes])
     size = float(next(iter(right.values())).square().mean().sqrt()) * config.velocity_noise * steps**0.5
-    seed = _native.capture_seed(f"{config.seed}/{number}/velocity", step, "", 0) & (2**63 - 1)
-    error = normal(shape, seed) * size
+    error = direction * (size / float(direction.square().mean().sqrt()))
     wrong = by_branch(passes, follower.wrong_velocities(step, error))
     # As it is after rounding, which guidance blows up.
     apart = {branch: velocity - right[branch] for branch, velocity in wrong.items()}

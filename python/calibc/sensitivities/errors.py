@@ -3,7 +3,7 @@
 A row block r of a head has the dense output O_r. Its errors are
 
     blocks   d_r = O'_r - O_r    for the output O' without some blocks: those of least D2, a given share of the head's; in units of the
-                                 D2 that was dropped, which traces hold
+                                 row loss, which `budget` predicts from D2 and energies of the trace
     noise    d_rk = rms(O_r) * signs       white noise; |d_rk|^2 / |O_r|^2 = 1
 
 With g the gradient of a function of the velocity by the output, `responses` are the products <g_r, d_r>: how the function answers to
@@ -28,6 +28,8 @@ from calibc.statistics import Geometry
 
 # Float32 values of probabilities held at a time; a handful of tensors of this size live at once.
 _CHUNK = 1 << 26
+# What a row keeps of its energy at least, as far as row losses go; as in calibc-opt's scoring.
+_LEAST_KEPT = 1 / 64
 # Independent directions of white noise per row block: a gradient answers to all of them at little cost.
 _NOISES = 4
 
@@ -94,8 +96,24 @@ class Dropped:
     """int64 [R], row blocks."""
     blocks: Tensor
     """bool [H, R, columns of the span]."""
-    deviation: Tensor
-    """Their D2, summed: float32 [H]."""
+    loss: Tensor
+    """The row losses, summed: float32 [H]."""
+
+
+def row_loss(deviation: Tensor, energy: Tensor, dropped: Tensor) -> Tensor:
+    """The squared relative error that rows of blocks are predicted to have, [...].
+
+    With A the sum of D2 over the blocks of a row that are dropped, B over those that stay, and m the share of energy that stays:
+    A B / (A + B) / m^2. See calibc-opt's scoring.
+
+    Args:
+        deviation: D2, [..., columns].
+        energy: As deviation.
+        dropped: As deviation, bool.
+    """
+    gone, stays = (deviation * dropped).sum(-1), (deviation * ~dropped).sum(-1)
+    mass = (energy * ~dropped).sum(-1) / energy.sum(-1).clamp_min(1e-30)
+    return gone * stays / (gone + stays).clamp_min(1e-30) / mass.clamp_min(_LEAST_KEPT).square()
 
 
 def least(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, span: Span, share: float) -> Dropped:
@@ -107,20 +125,19 @@ def least(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, span: Spa
         v: As k.
         scale: Factor on the scores.
         rows: int64 [R], row blocks to look at.
-        span: Columns to look at.
+        span: Columns that may be dropped.
         share: Of the blocks of these rows and columns.
     """
     heads, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    columns = span.tokens(keys)
-    deviation = q.new_empty((heads, rows.numel(), span.count), dtype=torch.float32)
+    deviation = q.new_empty((heads, rows.numel(), -(-keys // BLOCK)), dtype=torch.float32)
     energy = torch.empty_like(deviation)
     for head in range(heads):
         keys_t, values = k[head].float().mT, v[head].float()
-        column_values = _by_block(values[columns], 0)
+        column_values = _by_block(values, 0)
         for at, tokens, real in _row_chunks(rows, queries, keys):
             p = torch.softmax(q[head].index_select(0, tokens).float() @ keys_t * scale, -1)
             out = p @ values
-            kept = _by_block(p[:, columns], 1)
+            kept = _by_block(p, 1)
             mass = kept.sum(-1)
             # [columns, rows, D]
             apart = torch.bmm(kept.transpose(0, 1), column_values)
@@ -129,13 +146,16 @@ def least(q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, span: Spa
             norms = (out.square().sum(-1) * real).unflatten(0, (-1, BLOCK)).sum(-1)
             deviation[head, at] = (squares / norms.clamp_min(1e-30)[:, None]).clamp_max(1)
             energy[head, at] = (mass * real[:, None]).unflatten(0, (-1, BLOCK)).sum(1)
-    strongest = energy.argmax(-1, keepdim=True)
-    ranked = deviation.scatter(-1, strongest, torch.inf).flatten(1)
+    columns = slice(span.first, span.last)
+    strongest = energy[..., columns].argmax(-1, keepdim=True)
+    ranked = deviation[..., columns].scatter(-1, strongest, torch.inf).flatten(1)
     # Of equal ones the first.
     order = ranked.argsort(dim=1, stable=True)[:, : int(share * ranked.shape[1])]
-    blocks = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, order, True).view_as(deviation)
+    blocks = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, order, True).view_as(deviation[..., columns])
     blocks.scatter_(-1, strongest, False)
-    return Dropped(rows, blocks, (deviation * blocks).sum((1, 2)))
+    everywhere = torch.zeros_like(deviation, dtype=torch.bool)
+    everywhere[..., columns] = blocks
+    return Dropped(rows, blocks, row_loss(deviation, energy, everywhere).sum(1))
 
 
 def _changes(
@@ -245,5 +265,6 @@ __all__ = [
     "noise_error",
     "noise_responses",
     "normal",
+    "row_loss",
     "signs",
 ]

@@ -169,7 +169,7 @@ class HeadErrors:
                 # One unit each.
                 below += answer.shape[2] * answer.shape[3]
             else:
-                below += torch.stack([layer.deviation for layer in dropped]).double().cpu()
+                below += torch.stack([layer.loss for layer in dropped]).double().cpu()
         return _ratio(above / passes[0].velocity[0].numel(), below)
 
     def exact(self, passes: list[Pass], draws: int, size: float, tick: Callable[[], None]) -> Tensor:
@@ -189,10 +189,28 @@ class HeadErrors:
                 )
                 product = (plus - right[draw][0]) * (right[draw][1] - minus)
                 above[layer, head] += float(product.mean(dtype=torch.float64))
-                below[layer, head] += float(dropped[layer].deviation[head]) if dropped else size**2 * self._span.count
+                below[layer, head] += float(dropped[layer].loss[head]) if dropped else size**2 * self._span.count
             tick()
         # What is left of rounding may be negative.
         return _ratio(above.clamp_min(0), below)
+
+    def velocity_error(self, passes: list[Pass]) -> Tensor:
+        """How the guided velocity [...] changes when all heads are wrong at once, float32 in CPU memory; white noise where it does not,
+        or where that is the kind of errors."""
+        dropped = self._dropped(passes, 0, self._row_blocks)
+        if dropped:
+
+            def edit(attention: _Attention) -> Tensor:
+                a, wrong = attention, []
+                for head in range(a.out.shape[0]):
+                    error = errors.block_error(a.q[head], a.k[head], a.v[head], a.scale, dropped[a.layer], head, self._span)
+                    wrong.append((a.out[head].float() + error).to(a.out.dtype))
+                return torch.stack(wrong)
+
+            found = self._guided(passes, 0, None, edit) - self._guided(passes, 0, None, _right)
+            if found.square().sum() > 0:
+                return found.cpu()
+        return errors.normal(passes[0].velocity.shape[1:], self._draw("velocity", passes[0].step, 0, 0))
 
     # What the layers call.
 
@@ -209,7 +227,9 @@ class HeadErrors:
 
             out = _Tap.apply(out, self._root, q, k, v, show)
         elif self._edit is not None:
-            out = self._edit(_Attention(layer, row, scale, q[0], k[0], v[0], out[0]))[None]
+            # Errors are float32, whatever the model runs in.
+            with torch.autocast(out.device.type, enabled=False):
+                out = self._edit(_Attention(layer, row, scale, q[0], k[0], v[0], out[0]))[None]
         missing = problem.query.shape[2] - out.shape[2]
         # Padding that gives no queries has outputs of 0.
         return F.pad(out, (0, 0, 0, missing)) if missing else out
@@ -280,9 +300,9 @@ class HeadErrors:
 
         return edit
 
-    def _guided(self, passes: list[Pass], draw: int, side: int, edit: _Edit) -> Tensor:
-        """A step's guided velocity. The latents of all draws and of both sides differ by a little noise."""
-        seed = self._draw(f"dither{side}", passes[0].step, 0, draw)
+    def _guided(self, passes: list[Pass], draw: int, side: int | None, edit: _Edit) -> Tensor:
+        """A step's guided velocity. The latents of all draws and of both sides differ by a little noise; without a side there is none."""
+        seed = None if side is None else self._draw(f"dither{side}", passes[0].step, 0, draw)
         return guided(by_branch(passes, [self._forward(each, edit, seed) for each in passes]), passes[-1].scale)
 
     def _forward(self, each: Pass, edit: _Edit, dither: int | None) -> Tensor:
