@@ -60,7 +60,7 @@ class ByHand(unittest.TestCase):
         trace = recipe.Trace(TRACES)
         tensors = budget.select(trace, budget.Policy(0.3, anchors=0))
         kept = sum(int(masks.sum()) for name, masks in tensors.items() if not name.endswith(".op"))
-        self.assertEqual(kept, int(0.3 * 20 * 8 * 4 * 128 * 128))
+        self.assertEqual(kept, int(0.3 * 20 * 6 * 3 * 128 * 128))
 
 
 @unittest.skipUnless("CALIBC_BIN" in os.environ, "CALIBC_BIN does not name a calibc to compare with")

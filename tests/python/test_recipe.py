@@ -43,7 +43,7 @@ class ByHand(unittest.TestCase):
         self.assertEqual([trace.nearest_covered(step) for step in (0, 7, 8, 9, 19)], [3, 3, 3, 13, 13])
 
     def test_held_out_prompts_do_not_vote(self):
-        self.assertEqual(recipe.Trace(TRACES).prompts, ["p000", "p003"])
+        self.assertEqual(recipe.Trace(TRACES).prompts, ["p000", "p001"])
 
     def test_codes_decode_to_powers(self):
         self.assertEqual(recipe.TABLE[[0, 8, 80, 255]].tolist(), [1.0, 0.5, 2.0**-10, 0.0])

@@ -16,6 +16,8 @@ use crate::{
 };
 
 const TRACES: &str = "examples/traces";
+/// 45 % of the attention work, spent where the traces say that it matters.
+const SPEC: &str = "plans/moving-shapes-budget.yaml";
 /// What `calibc compile` makes machine code for without `--arch`.
 const DEFAULT_ARCHS: &str = "sm_80,sm_90a";
 
@@ -38,7 +40,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
 
     demo.show(demo.calibc().args(["trace", "check", TRACES]))?;
     let mut compile = demo.calibc();
-    compile.args(["compile", TRACES, "--output"]).arg(demo.relative(&bundle));
+    compile.args(["compile", TRACES, "--spec", SPEC, "--output"]).arg(demo.relative(&bundle));
     if let Some((major, minor)) = gpu
         && !covered((major, minor))
     {
