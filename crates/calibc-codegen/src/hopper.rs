@@ -1,7 +1,7 @@
 //! The Hopper kernel.
 //!
 //! `wgmma`, TMA and mbarriers: sm_90a alone. Persistent: each SM runs one CTA, which walks its share of the work list. In warpgroup 0
-//! one warp looks up what comes next, one loads Q once per item and its K blocks, one its V blocks, through two rings. Each of the
+//! one warp looks up what comes next, and three load Q once per item, and K and V blocks through two rings. Each of the
 //! other two warpgroups computes 64 query rows, with scores, weights and outputs in registers.
 //!
 //! * Numbers: at head_dim 128 a pass over 128 keys does 8.4 MFLOP for 64 KB of K and V: 1 byte of L2 traffic per 128 FLOP. Matrix
@@ -10,7 +10,8 @@
 //!   64. So two CTAs on neighbouring SMs, a cluster, compute two tiles of a head that keep much the same (the scheduler pairs them), and
 //!   a block that both keep is loaded once, half by each CTA, to both. Both begin these blocks together; the order of a tile's
 //!   other blocks is free, so whoever got less to do since the last time does more of them before, and nobody waits for tiles of other
-//!   lengths. Measured: 5 % where all blocks are kept, 2 % at density 0.25 of banded masks, three quarters of whose blocks are shared.
+//!   lengths. Measured: 5 % faster where all blocks are kept; even at density 0.25 of banded masks, where tiles have three quarters in
+//!   common: waiting for each other costs what the loads save. So they share from [`SHARE_FROM`] sixteenths on.
 //! * Overlap: the scores of a block and the weighted sum of the one before are issued together, and softmax runs under the latter;
 //!   while one warpgroup weighs, the other multiplies. Taking turns by named barriers brought nothing more (0 to 3 % slower).
 //! * Weights are relative to the maximum of a row's first block, not of all blocks so far: each pass saves a maximum per score, the
@@ -34,7 +35,7 @@
 //! * Outputs go from registers to global memory, transposed within quads to 16-byte stores: no shared memory, so the next tile's
 //!   queries load meanwhile, and anchor rows are copied to wherever they go by the same code.
 //! * At head_dim 128 three stages of K and two of V (224 KB with the ones). K is held until its weights were checked, and a stage for both CTAs
-//!   has to be empty in both: with two, sharing made the kernel 6 % slower. Handing out work by an atomic counter
+//!   has to be empty in both: with two, sharing made the kernel 6 % slower. K and V have a warp each, so that neither waits for the other's. Handing out work by an atomic counter
 //!   was 5 to 10 % slower at head_dim 128 than each CTA's fixed share, which the scheduler makes even.
 //! * Tried and left out: the tiles of a CTA as one stream of blocks, whose first scores hide the last tile's end (10 to 15 % slower:
 //!   its branches keep softmax from running under the products); queries in registers (even); scores of two blocks in flight at
@@ -55,6 +56,8 @@ const PRODUCER_REGISTERS: u32 = 56;
 const CONSUMER_REGISTERS: u32 = 224;
 /// What a part of a tile costs beside its keys (queries, first and last pass, accumulators to memory and back), in key blocks.
 const PART_COST: u32 = 4;
+/// What two tiles must have in common to be loaded for both, in sixteenths of the longer row.
+const SHARE_FROM: u32 = 14;
 /// Columns of ones after the values: the least that a product's width grows by.
 const SUM_COLUMNS: u32 = 8;
 /// Bytes of a row of a panel: what the swizzle spans.
@@ -80,6 +83,7 @@ struct KernelCx {
     key_stages: u32,
     value_stages: u32,
     barrier_bytes: u32,
+    share_from: u32,
     weight_limit: &'static str,
     sum_columns: u32,
     value_columns: u32,
@@ -134,6 +138,7 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         key_stages,
         value_stages,
         barrier_bytes: BARRIER_BYTES,
+        share_from: SHARE_FROM,
         weight_limit: weight_limit(variant.dtype),
         sum_columns,
         value_columns,
