@@ -203,7 +203,9 @@ class HeadErrors:
             def edit(attention: _Attention) -> Tensor:
                 a, wrong = attention, []
                 for head in range(a.out.shape[0]):
-                    error = errors.block_error(a.q[head], a.k[head], a.v[head], a.scale, dropped[a.layer], head, self._span)
+                    error = errors.block_error(
+                        a.q[head], a.k[head], a.v[head], a.scale, dropped[a.layer], head, self._span
+                    )
                     wrong.append((a.out[head].float() + error).to(a.out.dtype))
                 return torch.stack(wrong)
 
