@@ -126,6 +126,21 @@ def two_patterns(grid: Grid, energy: Tensor, count: int) -> Tensor:
     return torch.where((kept_temporal > kept_spatial)[..., None, None], temporal, spatial)
 
 
+def strongest(loss: Tensor, energy: Tensor, density: float) -> Tensor:
+    """The blocks of largest loss of a whole plan, and the block of most energy of every row: bool, as many as the density says.
+
+    Args:
+        loss: [..., blocks, blocks].
+        energy: As loss.
+        density: Share of all blocks.
+    """
+    best = torch.zeros_like(loss, dtype=torch.bool).scatter(-1, energy.argmax(-1, keepdim=True), True)
+    ranked = loss.masked_fill(best, torch.inf).flatten()
+    kept = max(round(density * ranked.numel()), int(best.sum()))
+    order = ranked.argsort(descending=True, stable=True)[:kept]
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(0, order, True).view(loss.shape)
+
+
 def strongest_by_row(loss: Tensor, count: int) -> Tensor:
     """Of every row as many blocks, `count` rounded over the rows of each head, those of highest loss: [..., blocks, blocks]."""
     blocks = loss.shape[-1]

@@ -134,7 +134,12 @@ class Lab:
         ids, seeds = calibration(self.args)
         runs = [partial(self.one, ids[i], seeds[i]) for i in range(self.args.sensitivity_prompts)]
         config = calibc.SensitivityConfig(
-            method=method, guidance_scale=sampler.GUIDANCE, steps=self.args.sensitivity_steps, progress=False
+            method=method,
+            guidance_scale=sampler.GUIDANCE,
+            steps=self.args.sensitivity_steps,
+            # Prompts differ more than projections do.
+            projections=1,
+            progress=False,
         )
         return calibc.sensitivity(self.transformer, folder, run=runs, config=config)
 
@@ -243,7 +248,9 @@ class Lab:
         ids, seeds = calibration(args)
         if args.example_traces is not None:
             with self.phases("example traces"):
-                self.capture(args.example_traces, ids[[0, 3, -1]], [seeds[0], seeds[3], seeds[-1]], 1, steps=[3, 13])
+                # Prompts as unlike each other as they come: few must do.
+                few = [0, -1, 3]
+                self.capture(args.example_traces, ids[few], [seeds[i] for i in few], 1, steps=[3, 13])
         with self.phases("capture"):
             self.capture(trace, ids, seeds, args.prompts[1])
         with self.phases("read"):
@@ -523,7 +530,7 @@ def main() -> None:
         "--oracle", type=int, default=0, metavar="PROMPTS", help="prompts to make plans from their own traces for"
     )
     parser.add_argument("--exact", action="store_true", help="also measure sensitivities head by head, and compare")
-    parser.add_argument("--sensitivity-prompts", type=int, default=2)
+    parser.add_argument("--sensitivity-prompts", type=int, default=4)
     parser.add_argument("--sensitivity-steps", type=int, default=6)
     parser.add_argument("--rows-per-block", type=int, default=128)
     parser.add_argument("--steps", type=int, default=sampler.STEPS)

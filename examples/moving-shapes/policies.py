@@ -135,6 +135,17 @@ def deviation_rows(job: Job, name: str, density: float) -> calibc.Bundle:
     return job.explicit(name, baselines.strongest_by_row(deviation, count))
 
 
+def blocks_alone(job: Job, name: str, density: float) -> calibc.Bundle:
+    """The blocks of highest w * u * deviation of the whole plan, and the strongest of every row: `budget` without regard to what is left
+    of a row."""
+    evidence = job.evidence
+    measured = evidence.sensitivity()
+    deviation = evidence.every_step(evidence.mean("block_deviation"))
+    energy = evidence.every_step(evidence.mean("block_energy"))
+    weight = measured["step"][:, None, None] * measured["head"]
+    return job.explicit(name, baselines.strongest(weight[..., None, None] * deviation, energy, density))
+
+
 PAPER_ANCHORS = {"anchors": ANCHORS, "gamma": 0.87}
 _UNIFORM = {"step_weights": "uniform", "head_weights": "uniform"}
 POLICIES: dict[str, Callable[[Job, str, float], calibc.Bundle]] = {
@@ -153,6 +164,7 @@ MASKS_ALONE = [name for name in POLICIES if not name.endswith("-anchors")]
 """Those without anchor rows."""
 INGREDIENTS: dict[str, Callable[[Job, str, float], calibc.Bundle]] = {
     "rows of D2": deviation_rows,
+    "w u D2, blocks alone": blocks_alone,
     "energy": lambda job, name, density: budget(job, name, density, importance="energy", **_UNIFORM),
     "D2": lambda job, name, density: budget(job, name, density, **_UNIFORM),
     "u D2": lambda job, name, density: budget(job, name, density, step_weights="uniform"),

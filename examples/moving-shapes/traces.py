@@ -56,6 +56,10 @@ class Evidence:
         ]
         return torch.stack([value.square() if square else value for value in values]).mean(dim=0)
 
+    def sensitivity(self) -> dict[str, Tensor]:
+        """`step` [steps] and `head` [steps, layers, heads], as they are now: they are measured after the capture."""
+        return load_file(self.folder / "sensitivity.safetensors")
+
     def every_step(self, covered: Tensor) -> Tensor:
         """[covered, ...] to [steps, ...]: steps that were not captured take the nearest one's; of two as near, the earlier."""
         nearest = [

@@ -375,6 +375,17 @@ class Baselines(unittest.TestCase):
         kept, dropped = loss.masked_fill(~mask, 2).amin(-1), loss.masked_fill(mask, -1).amax(-1)
         self.assertTrue(bool((kept > dropped).all()))
 
+    def test_strongest_of_a_plan(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        loss, energy = (torch.rand(2, 3, 8, 8, generator=generator) for _ in range(2))
+        # A head that loses nothing keeps one block in every row.
+        loss[0, 0] = 0.0
+        mask = baselines.strongest(loss, energy, 0.5)
+        self.assertEqual(int(mask.sum()), 192)
+        self.assertTrue(bool(mask.gather(-1, energy.argmax(-1, keepdim=True)).all()))
+        self.assertEqual(int(mask[0, 0].sum()), 8)
+        self.assertEqual(int(baselines.strongest(loss, energy, 0.01).sum()), 48)
+
     def test_blocks_that_span_frames(self) -> None:
         grid = baselines.Grid(3, 10, 10)  # 300 tokens: blocks of 128, 128 and 44.
         frame, place = grid.centres()
