@@ -34,9 +34,11 @@
 //!   block is never shared, so that it comes first.
 //! * Outputs go from registers to global memory, transposed within quads to 16-byte stores: no shared memory, so the next tile's
 //!   queries load meanwhile, and anchor rows are copied to wherever they go by the same code.
-//! * At head_dim 128 three stages of K and two of V (224 KB with the ones). K is held until its weights were checked, and a stage for both CTAs
-//!   has to be empty in both: with two, sharing made the kernel 6 % slower. K and V have a warp each, so that neither waits for the other's. Handing out work by an atomic counter
-//!   was 5 to 10 % slower at head_dim 128 than each CTA's fixed share, which the scheduler makes even.
+//! * At head_dim 128 three stages of K and two of V (224 KB with the ones). K is held until its weights were checked, and a stage for both
+//!   CTAs has to be empty in both: with two, sharing made the kernel 3 to 6 % slower. K and V have a warp each, so that neither waits
+//!   for the other's.
+//! * Handing out work by an atomic counter was 5 to 10 % slower at head_dim 128 than each CTA's fixed share, which the scheduler makes
+//!   even.
 //! * Tried and left out: the tiles of a CTA as one stream of blocks, whose first scores hide the last tile's end (10 to 15 % slower:
 //!   its branches keep softmax from running under the products); queries in registers (even); scores of two blocks in flight at
 //!   head_dim 64 (even, and so is any order of products and exponentials there: turns, a head start for one warpgroup, exponentials forced
