@@ -429,9 +429,9 @@ mod tests {
             plan.ops[head] = AttnOp::BlockSparse { mask: plan.masks.intern(rows(costs)) };
         }
         let items = |l2_bytes| {
-            let target = Target { l2_bytes, running_tiles: 100, ..Target::default() };
-            let order = Order { group: (l2_bytes / (4 * 512 * 128)).max(1) as usize, ..Order::new(&plan, &target) };
-            order.list(&plan.ops).iter().map(|i| (i.head().0, i.tile())).collect::<Vec<_>>()
+            let target = Target { l2_bytes, running_tiles: 1, ..Target::default() };
+            let pairs = Order::new(&plan, &target).in_order(&plan.ops);
+            pairs.into_iter().flat_map(Pair::tiles).map(|(i, _)| (i.head().0, i.tile())).collect::<Vec<_>>()
         };
         // Both heads fit: one longest-first order. Only one fits: the costly head first, longest-first inside.
         let head_bytes = 4 * 512 * 128;
