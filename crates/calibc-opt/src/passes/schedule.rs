@@ -8,8 +8,9 @@
 //! (measured on an H200 at 75,600 tokens: 3 to 4 % over the curve, 2 to 4 % over longest-first).
 //!
 //! Tiles come in pairs, which run side by side: on the two CTAs of a cluster, where what both keep is loaded once. A pair is two tiles of a
-//! head that follow each other in this order: neighbours of the grid keep much the same. Where a head has an odd number of tiles, the last
-//! one waits for that of another head.
+//! head that follow each other in the sequence: such neighbours keep much the same, and about as much. Pairs are what is put in the order
+//! above: as long as the longer tile, in the place of the first. Where a head has an odd number of tiles, the last one waits for that of
+//! another head.
 //!
 //! Last, the shares of persistent CTAs are made even. Of `G` of them ([`Target::running_tiles`]) the one at place `c` runs items
 //! `c`, `c + G`, `c + 2G`, ... of a list: one of every round of `G`. In the order above the first places of a round tend to get its
@@ -24,8 +25,8 @@
 //!
 //! | heads x tiles | before | after |
 //! |---|---|---|
-//! | 40 x 256 | 2.4 to 2.8 % | under 0.1 % |
-//! | 12 x 256 | 5.4 to 8.4 % | 0.9 to 1.0 % (pairs are coarse: 23 a cluster) |
+//! | 40 x 256 | 2.0 to 2.1 % | under 0.1 % |
+//! | 12 x 256 | 4.7 to 8.2 % | 0.3 % |
 //! | 10 x 591 | 1.1 % | 0.1 % |
 //!
 //! Measured on an H200 (40 heads of 32,760 tokens, head_dim 128, density 0.25), when tiles were dealt singly: 1 to 2.5 % faster.
@@ -181,30 +182,25 @@ impl<'a> Order<'a> {
         heads.sort_by_cached_key(|(_, _, costs)| std::cmp::Reverse(total(costs)));
         let mut pairs = Vec::with_capacity(heads.iter().map(|(_, _, costs)| costs.len().div_ceil(2)).sum());
         let mut waiting: Option<Tile> = None;
-        let mut tiles: Vec<(u32, Tile)> = Vec::new();
         for group in heads.chunks(self.group) {
             let start = pairs.len();
             for (rank, (head, op, costs)) in group.iter().enumerate() {
-                tiles.clear();
-                tiles.extend((0..).zip(costs).map(|(tile, &cost)| {
-                    let place = match op {
-                        AttnOp::BlockSparse { .. } | AttnOp::Dense if self.by_length => self.curve[tile as usize],
-                        _ => tile,
+                let tile = |i: usize| (WorkItem::new(*head, i as u32), costs[i]);
+                for at in (0..costs.len()).step_by(2) {
+                    let pair = match (at + 1 < costs.len(), waiting) {
+                        (true, _) => Pair { first: tile(at), second: Some(tile(at + 1)) },
+                        (false, Some(first)) => {
+                            waiting = None;
+                            Pair { first, second: Some(tile(at)) }
+                        }
+                        (false, None) => {
+                            waiting = Some(tile(at));
+                            continue;
+                        }
                     };
-                    (place, (WorkItem::new(*head, tile), cost))
-                }));
-                tiles.sort_unstable();
-                for two in tiles.chunks(2) {
-                    let (place, tile) = two[0];
-                    let pair = match two.get(1) {
-                        Some(&(_, second)) => Pair { first: tile, second: Some(second) },
-                        None => match waiting.take() {
-                            Some(first) => Pair { first, second: Some(tile) },
-                            None => {
-                                waiting = Some(tile);
-                                continue;
-                            }
-                        },
+                    let place = match op {
+                        AttnOp::BlockSparse { .. } | AttnOp::Dense if self.by_length => self.curve[at],
+                        _ => at as u32,
                     };
                     // 0 is the longest class: whole rows and those within a class of them.
                     let short = if self.by_length { cols - pair.cost().min(cols) } else { 0 };
@@ -484,8 +480,8 @@ mod tests {
         for (heads, geometry, widths, limit) in [
             (40, short, alike, 0.001),
             (40, short, apart, 0.001),
-            (12, short, alike, 0.011),
-            (12, short, apart, 0.011),
+            (12, short, alike, 0.004),
+            (12, short, apart, 0.004),
             (10, long, apart, 0.002),
         ] {
             let plan = banded(heads, geometry, widths);
