@@ -484,11 +484,11 @@ class Results(unittest.TestCase):
         with setup() as (model, path):
             runs = [sampler(model, seed=seed) for seed in range(2)]
             # The second prompt has draws of its own.
-            config = dataclasses.replace(QUICK, projections=1)
+            config = dataclasses.replace(QUICK, projections=4)
             both = sensitivity(model.module, path, runs, config)
             one = sensitivity(model.module, path, runs[:1], config)
             self.assertFalse(torch.equal(both.step, one.step))
-            self.assertLess(float((both.head / one.head).log2().abs().max()), 1.5)
+            self.assertLess(float((both.head / one.head).log2().abs().max()), 1)
 
     def test_between_measured_steps(self) -> None:
         values = torch.tensor([[8.0, 0.0], [2.0, 1.0]], dtype=torch.float64)
