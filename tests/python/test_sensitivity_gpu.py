@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from calibc import SensitivityConfig, sensitivity
 from diffusers_models import MODELS, Tiny, on_gpu, wan
-from test_sensitivity import SCALE, sampler, setup
+from sensitivity_models import SCALE, sampler, setup
 from torch import Tensor
 
 CONFIG = SensitivityConfig(steps=[0, 2], projections=3, guidance_scale=SCALE, progress=False)
