@@ -42,7 +42,7 @@ class Policy:
     importance: str = "deviation"
     over_prompts: str = "mean"
     step_weights: str = "sensitivity"
-    head_weights: str = "sensitivity"
+    head_weights: str = "tempered"
 
 
 # --- Evidence.
@@ -67,8 +67,9 @@ def weights(trace: recipe.Trace, policy: Policy) -> tuple[NDArray[np.float64], N
     elif policy.step_weights != "uniform":
         w = np.array([math.exp(-2.3 * step / trace.steps) for step in range(trace.steps)])
     u = np.ones((trace.steps, trace.layers, trace.heads))
-    if policy.head_weights == "sensitivity" and measured:
+    if policy.head_weights != "uniform" and measured:
         u = measured["head"].astype(np.float64)
+        u = np.sqrt(u) if policy.head_weights == "tempered" else u
     return w, u
 
 
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--importance", choices=("deviation", "energy"), default="deviation")
     parser.add_argument("--over-prompts", choices=("mean", "max"), default="mean")
     parser.add_argument("--step-weights", choices=("sensitivity", "default", "uniform"), default="sensitivity")
-    parser.add_argument("--head-weights", choices=("sensitivity", "uniform"), default="sensitivity")
+    parser.add_argument("--head-weights", choices=("tempered", "sensitivity", "uniform"), default="tempered")
     args = parser.parse_args(argv)
     fields = {name: value for name, value in vars(args).items() if name not in ("traces", "output")}
     tensors = select(recipe.Trace(args.traces), Policy(**fields))

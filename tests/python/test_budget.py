@@ -67,7 +67,8 @@ class ByHand(unittest.TestCase):
 class AgainstCalibc(unittest.TestCase):
     def test_masks_are_equal_bit_for_bit(self) -> None:
         calibc = os.environ["CALIBC_BIN"]
-        for density, more in [(0.45, {}), (0.3, {"step_floor": 0.25, "row_recall": 0.3, "anchors": 0})]:
+        other = {"step_floor": 0.25, "row_recall": 0.3, "anchors": 0, "head_weights": "sensitivity"}
+        for density, more in [(0.45, {}), (0.3, other)]:
             with self.subTest(density=density), tempfile.TemporaryDirectory() as folder:
                 spec, bundle, masks, wanted = (os.path.join(folder, name) for name in ("spec", "bundle", "masks", "wanted"))
                 fields = {"density": density, **more}

@@ -155,6 +155,7 @@ fn loss(report: &Value) -> String {
     let (step, head) = (word("/weighed/step_weights"), word("/weighed/head_weights"));
     let weights = match (step, head) {
         ("sensitivity", "sensitivity") => "measured weights".to_owned(),
+        ("sensitivity", "tempered") => "measured weights, tempered by head".to_owned(),
         _ => format!("step weights {step}, head weights {head}"),
     };
     text + &format!(" ({}, {weights})\n", word("/weighed/importance"))

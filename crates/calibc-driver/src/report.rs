@@ -43,6 +43,7 @@ pub(crate) fn report_json(report: &Report) -> Value {
                 StepWeights::Uniform => "uniform",
             },
             "head_weights": match w.head_weights {
+                HeadWeights::Tempered => "tempered",
                 HeadWeights::Sensitivity => "sensitivity",
                 HeadWeights::Uniform => "uniform",
             },

@@ -101,8 +101,8 @@ impl CalibAtt {
 
 /// One global optimum: given a density, the plan of least predicted loss.
 ///
-/// Dropping block `(r, c)` at a site costs `w(t) * u(t, l, h) * D2[r, c]`, anchor rows there `w * u * q_blocks * error^2`; what a
-/// site keeps costs attention work. One price of work, the same for all sites, decides each block and each head.
+/// Dropping block `(r, c)` at a site costs `w(t) * u(t, l, h)` times what it adds to the loss of its row, anchor rows there
+/// `w * u * q_blocks * error^2` (with `u` as [`HeadWeights`] says); what a site keeps costs attention work. One price of work, the same for all sites, decides each block and each head.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Budget {
     /// Share of the dense attention work that the plan may do, in (0, 1].
@@ -140,7 +140,7 @@ impl Budget {
             importance: Importance::Deviation,
             over_prompts: OverPrompts::Mean,
             step_weights: StepWeights::Sensitivity,
-            head_weights: HeadWeights::Sensitivity,
+            head_weights: HeadWeights::Tempered,
             fallbacks: true,
         }
     }
@@ -200,6 +200,9 @@ impl StepWeights {
 /// What errors of a head weigh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadWeights {
+    /// The square root of what was measured. Measured weights hold for small errors, on the prompts they were measured on: heads that look
+    /// harmless there are not all harmless elsewhere, once they have lost most of their attention.
+    Tempered,
     /// As measured.
     Sensitivity,
     /// All alike.

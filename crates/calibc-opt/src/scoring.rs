@@ -209,7 +209,7 @@ impl Scoring {
             importance = Importance::Energy;
         }
         let measured = evidence.weights();
-        let (by_step, by_head) = (step_weights == StepWeights::Sensitivity, head_weights == HeadWeights::Sensitivity);
+        let (by_step, by_head) = (step_weights == StepWeights::Sensitivity, head_weights != HeadWeights::Uniform);
         if measured.is_none() && (by_step || by_head) {
             let steps =
                 by_step.then_some("step weights are assumed to fall to a tenth from the first step to the last");
@@ -234,6 +234,7 @@ impl Scoring {
         };
         let heads: Vec<f64> = match (head_weights, measured) {
             (HeadWeights::Sensitivity, Some(measured)) => measured.head.iter().map(|&u| f64::from(u)).collect(),
+            (HeadWeights::Tempered, Some(measured)) => measured.head.iter().map(|&u| f64::from(u).sqrt()).collect(),
             _ => Vec::new(),
         };
         let mut scoring = Self {
@@ -250,7 +251,7 @@ impl Scoring {
         if scoring.largest > 0.0 { Ok((scoring, lacks)) } else { Err(OptError::NoWeight) }
     }
 
-    /// `w * u` of a site.
+    /// `w * u` of a site, `u` as `head_weights` says.
     pub(crate) fn weight(&self, site: Site) -> f64 {
         let index = (site.step.index() * self.sites.0 + site.layer.index()) * self.sites.1 + site.head.index();
         self.weighed.steps[site.step.index()] * self.heads.get(index).copied().unwrap_or(1.0)

@@ -78,6 +78,7 @@ impl Case {
         };
         let head = match (self.budget.head_weights, &self.mock.weights) {
             (HeadWeights::Sensitivity, Some((_, head))) => f64::from(head[self.plan.site_index(site)]),
+            (HeadWeights::Tempered, Some((_, head))) => f64::from(head[self.plan.site_index(site)]).sqrt(),
             _ => 1.0,
         };
         step * head
@@ -247,7 +248,7 @@ prop_compose! {
         (covered in btree_set(0..steps, 1..=steps as usize), seed in any::<u64>(), deviation in any::<bool>(), measured in any::<bool>(),
          density in 0.02..1.0_f64, row_recall in prop_oneof![Just(0.0), 0.0..0.95_f64], over in any::<bool>(), energy in any::<bool>(),
          step_weights in prop_oneof![Just(StepWeights::Sensitivity), Just(StepWeights::Default), Just(StepWeights::Uniform)],
-         head_weights in prop_oneof![Just(HeadWeights::Sensitivity), Just(HeadWeights::Uniform)],
+         head_weights in prop_oneof![Just(HeadWeights::Tempered), Just(HeadWeights::Sensitivity), Just(HeadWeights::Uniform)],
          weights in vec(prop_oneof![4 => 0.01..30.0_f32, 1 => Just(0.0)], (steps * layers * heads + steps) as usize),
          errors in vec(0.0..0.6_f64, (steps * layers * heads) as usize),
          geometry in Just(Geometry {

@@ -206,7 +206,7 @@ fn a_budget_is_met_and_says_where_it_went() {
         "budget    0.5 asked for, floors take 0.",
         " at 5 anchor rows per frame",
         "\nloss ",
-        "(deviation, measured weights)",
+        "(deviation, measured weights, tempered by head)",
     ] {
         assert!(ended.stdout.contains(words), "no {words}: {}", ended.stdout);
     }

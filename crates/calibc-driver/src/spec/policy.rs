@@ -421,8 +421,11 @@ pub enum StepWeightsSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HeadWeightsSpec {
-    /// As measured (`calibc.sensitivity`). Where the traces have no measurement, `uniform`.
+    /// The square root of what was measured (`calibc.sensitivity`), which serves other prompts better than the measurement itself. Where
+    /// the traces have no measurement, `uniform`.
     #[default]
+    Tempered,
+    /// As measured. Where the traces have no measurement, `uniform`.
     Sensitivity,
     /// All alike.
     Uniform,
@@ -464,6 +467,7 @@ impl BudgetSpec {
                 StepWeightsSpec::Uniform => StepWeights::Uniform,
             },
             head_weights: match self.head_weights {
+                HeadWeightsSpec::Tempered => HeadWeights::Tempered,
                 HeadWeightsSpec::Sensitivity => HeadWeights::Sensitivity,
                 HeadWeightsSpec::Uniform => HeadWeights::Uniform,
             },
