@@ -63,6 +63,8 @@ class Row:
     psnr: list[float | None]
     """Against the dense video, by video; `None` where the policy made none."""
     ssim: list[float | None]
+    elapsed_s: float = 0.0
+    """From the start of the run to the end of this."""
 
 
 class Phases:
@@ -94,7 +96,7 @@ class Lab:
         _, height, width = config.patch_size
         self.grid = baselines.Grid(args.frames, args.size // height, args.size // width)
         prompts = -(-args.videos // args.seeds)
-        ids = data.prompts(prompts, EVALUATION_SEED)
+        ids = data.prompts(prompts, args.evaluation_seed)
         self.prompt_of = [v // args.seeds for v in range(args.videos)]
         self.ids = ids[self.prompt_of]
         self.seeds = [1000 + v for v in range(args.videos)]
@@ -235,8 +237,10 @@ class Lab:
 
     def add(self, row: Row) -> None:
         """Keeps a row, in the file too: a run that is killed leaves what it has."""
+        row.elapsed_s = round(time.perf_counter() - self.began, 1)
         self.rows.append(row)
-        print(f"{row.policy} at {row.wanted}: density {row.density:.4f}, {mean(row.psnr):.2f} dB", flush=True)
+        made = f"density {row.density:.4f}, {mean(row.psnr):.2f} dB"
+        print(f"{row.elapsed_s:.0f} s: {row.policy} at {row.wanted}: {made}", flush=True)
         if self.args.json is not None:
             self.args.json.write_text(json.dumps(self.record(), indent=1) + "\n")
 
@@ -520,6 +524,7 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[0.6, 0.45, 0.3])
     parser.add_argument("--videos", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=2, help="videos of a prompt")
+    parser.add_argument("--evaluation-seed", type=int, default=EVALUATION_SEED, help="draws the prompts of the videos")
     parser.add_argument("--batch", type=int, default=32, help="videos generated at once")
     parser.add_argument("--ingredients", action="store_true", help="also `budget` without some of its ingredients")
     parser.add_argument("--ingredients-density", type=float, default=0.45)

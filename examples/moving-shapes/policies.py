@@ -167,10 +167,11 @@ INGREDIENTS: dict[str, Callable[[Job, str, float], calibc.Bundle]] = {
     "w u D2, blocks alone": blocks_alone,
     "energy": lambda job, name, density: budget(job, name, density, importance="energy", **_UNIFORM),
     "D2": lambda job, name, density: budget(job, name, density, **_UNIFORM),
-    "u D2": lambda job, name, density: budget(job, name, density, step_weights="uniform"),
+    "sqrt(u) D2": lambda job, name, density: budget(job, name, density, step_weights="uniform"),
     "w D2": lambda job, name, density: budget(job, name, density, head_weights="uniform"),
+    "w u D2": lambda job, name, density: budget(job, name, density, head_weights="sensitivity"),
 }
-"""`budget` without some of its ingredients."""
+"""`budget`, which is w sqrt(u) D2, without some of its ingredients."""
 
 
 def anchor_sites(job: Job, rule: str, count: int, step: Tensor, head: Tensor) -> Tensor:
