@@ -475,6 +475,17 @@ class Examples(unittest.TestCase):
                 )
                 self.assertTrue(torch.load(path / "video.pt").isfinite().all())
 
+    def test_wan_forward(self) -> None:
+        with folder() as path, mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]):
+            said = self.run_example("wan_forward", "--tiny", "--rounds", "1", "--json", str(path / "forward.json"))
+            self.assertIn("512 tokens, 2 layers", said)
+            record = json.loads((path / "forward.json").read_text())["tiny"]
+            densities = [row["density"] for row in record["forward"]["rows"]]
+            # Few blocks, and the diagonal is kept.
+            self.assertEqual(densities, sorted(densities, reverse=True))
+            self.assertTrue(all(0.25 <= density < 0.7 for density in densities))
+            self.assertEqual(set(record["capture_s"]), {"dense", "16 rows", "16 rows, anchors", "all rows"})
+
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
