@@ -111,6 +111,11 @@ pub(crate) fn provision(workspace: &Workspace) -> Result<Environment> {
     let folder = workspace.target.join("python");
     let _lock = lock(workspace)?;
     let base = find_python()?;
+    ensure!(
+        !base.program.starts_with(&folder),
+        "{} is part of what this command makes, and may remove; deactivate that environment, or name another Python with PYTHON=..",
+        base.program.display()
+    );
     let stamp_path = folder.join("calibc.stamp");
     let stamp = format!("layout {LAYOUT}\n{}\npython {}\n", REQUIREMENTS.join("\n"), base.description);
     if fs::read_to_string(&stamp_path).is_ok_and(|found| found == stamp)
