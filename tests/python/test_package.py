@@ -165,6 +165,8 @@ class Compile(unittest.TestCase):
             # Stopped when the first of dozens of kernels is there.
             script = (
                 "import calibc, os, pathlib, signal, threading, time\n"
+                # Jobs in the background of a shell start with the signal ignored.
+                "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
                 f"cache = pathlib.Path({str(cache)!r})\n"
                 "def interrupt():\n"
                 "    while not any(path.is_file() for path in cache.rglob('*')):\n"
