@@ -5,7 +5,7 @@ mod compiling;
 
 use std::path::Path;
 
-use calibc_codegen::generate;
+use calibc_codegen::{generate, generate_wide};
 use calibc_ir::{Arch, DType, Family, HEAD_DIMS, Variant};
 
 use compiling::{Work, complaints};
@@ -39,6 +39,13 @@ fn hopper_cases() -> Vec<Variant> {
         Variant { head_dim: 64, ragged: true, ..base },
         Variant { dtype: DType::Fp16, head_dim: 64, ..all },
     ]
+}
+
+/// Kernels for wide tiles, which no plan has yet.
+fn wide_cases() -> Vec<Variant> {
+    let base = Variant { dtype: DType::Bf16, head_dim: 64, lse: false, anchors: false, ragged: false };
+    let all = Variant { lse: true, anchors: true, ragged: true, ..base };
+    vec![base, Variant { ragged: true, ..base }, all, Variant { dtype: DType::Fp16, lse: false, ..all }]
 }
 
 fn every_variant() -> Vec<Variant> {
@@ -106,5 +113,9 @@ fn every_variant_compiles_for_the_default_architectures() {
     // Versions differ in what they say of asynchronous products.
     let hopper = |work: &Work| work.symbol.ends_with("_hopper");
     assert_eq!(work.iter().filter(|work| hopper(work)).count(), every_variant().len());
+    for variant in wide_cases() {
+        let kernel = generate_wide(&variant).unwrap();
+        work.push(Work { symbol: kernel.symbol, source: kernel.text, arch: "sm_90a".to_owned() });
+    }
     assert_eq!(complaints(&work, hopper), Vec::<String>::new());
 }

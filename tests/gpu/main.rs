@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use calibc_bundle::Kernel;
-use calibc_ir::{Arch, DType, Family, Geometry, Plan, Site, TextPosition, Variant};
+use calibc_ir::{Arch, DType, Family, Geometry, HEAD_DIMS, Plan, Site, TextPosition, Variant};
 use calibc_nvrtc::testing::SKIP_PREFIX;
 use calibc_runtime::cuda::{Device, Stream};
 use calibc_runtime::reference::{self, Options, Output, masked};
@@ -217,8 +217,9 @@ fn variants(work: &[(Problem, Plan)]) -> Vec<Variant> {
 /// Without a GPU: where a folder for kernels is named, fills it for another machine.
 fn prepare() {
     if std::env::var_os("CALIBC_TEST_KERNELS").is_some() {
-        let more = [window::problem(), every_tail_of(Problem::new(0))];
-        let work: Vec<(Problem, Plan)> = problems().into_iter().chain(more).map(|p| (p.clone(), p.plan())).collect();
+        let tails = HEAD_DIMS.map(|head_dim| every_tail_of(Problem::new(0), head_dim));
+        let work: Vec<(Problem, Plan)> =
+            problems().into_iter().chain([window::problem()]).chain(tails).map(|p| (p.clone(), p.plan())).collect();
         let arch = kernels::arch_for((9, 0)).unwrap();
         let kernels = kernels::kernels(&variants(&work), arch).unwrap();
         print(&format!("{} kernels for {arch} are ready\n", kernels.len()));
@@ -416,12 +417,12 @@ fn a_launch_allocates_nothing() {
 #[test]
 fn every_tail() {
     let Some(device) = gpu() else { return };
-    for missing in 0..128 {
+    for (missing, head_dim) in (0..128).flat_map(|missing| HEAD_DIMS.map(|head_dim| (missing, head_dim))) {
         let cut = (missing, 127 - missing);
         with_changed(
             &device,
             |_| true,
-            |problem| Problem { cut, batch: 1, ..every_tail_of(problem) },
+            |problem| Problem { cut, batch: 1, ..every_tail_of(problem, head_dim) },
             |problem, plan, loaded| {
                 let (error, lse) = errors(&loaded.run()?, &on_cpu(problem, plan, &problem.inputs())?);
                 ensure!(error <= tolerance(problem.dtype) && lse <= LSE_TOLERANCE, "{error:.2e} {lse:.2e}");
@@ -432,10 +433,10 @@ fn every_tail() {
 }
 
 /// 200 video tokens, then 184 of text: cut by up to 128, the sequence ends anywhere in its last or last but one block.
-fn every_tail_of(problem: Problem) -> Problem {
+fn every_tail_of(problem: Problem, head_dim: u32) -> Problem {
     let geometry = Geometry { text_tokens: 184, text_position: TextPosition::After, ..Geometry::video(1, 10, 20) };
     let heads = vec![HeadKind::Dense, HeadKind::Mask(Kept::OnePerRow), HeadKind::Mask(Kept::Percent(50))];
-    Problem { geometry, heads, lse: true, ..problem }
+    Problem { geometry, heads, head_dim, lse: true, ..problem }
 }
 
 /// A bundle's kernels run another plan: other steps, layers, heads, masks and lengths.

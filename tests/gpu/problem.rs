@@ -58,6 +58,10 @@ pub(crate) enum Kept {
     Band,
     /// Every block of a mask.
     All,
+    /// Runs of so many blocks, in turn those of the even rows and of the odd ones: neighbours have nothing in common.
+    Runs(u32),
+    /// Every block of the even rows, one of each odd one.
+    Lone,
 }
 
 /// What one head does.
@@ -218,6 +222,8 @@ impl Problem {
         SiteMask::Mask(BlockMask::from_fn(rows, cols, |r, c| match kept {
             Kept::All => true,
             Kept::OnePerRow => c == one[r as usize],
+            Kept::Runs(length) => (c / length + r) % 2 == 0,
+            Kept::Lone => r % 2 == 0 || c == one[r as usize],
             Kept::Percent(percent) => c == one[r as usize] || n.below(100) < percent,
             Kept::Band => (u64::from(r) * u64::from(cols) / u64::from(rows)).abs_diff(u64::from(c)) <= 1,
         }))
@@ -256,7 +262,7 @@ impl Problem {
 }
 
 /// Problems of [`chosen`].
-const CHOSEN: u64 = 44;
+const CHOSEN: u64 = 52;
 
 /// What chance rarely draws: `base` with the properties that chosen problem `index` is about. The four problems of a case are the
 /// four combinations of element type and head_dim.
@@ -352,6 +358,17 @@ fn chosen(index: u64, base: Problem) -> Problem {
                 Problem { spread: 20.0, ramp, softmax_scale: None, batch: 3, ..sequence(vec![Dense, Dense], 257, 3001) }
             }
         },
+        // Rows that share a tile (at head_dim 64) and keep different blocks, in runs of any length; last tiles of one strip of 64 rows.
+        10 => {
+            let heads = [Kept::Runs(1), Kept::Runs(2), Kept::Runs(9), Kept::Lone].map(Mask).to_vec();
+            let (q, kv) = [(424, 5197), (1364, 4224), (300, 2900), (1000, 1281)][turn];
+            sequence(heads, q, kv)
+        }
+        // The same with rows of more than 1024 blocks, which both tiles of a cluster keep.
+        11 => {
+            let (q, kv) = [(300, 1030 * 128 + 5), (577, 1026 * 128), (130, 1025 * 128), (257, 1040 * 128 + 1)][turn];
+            Problem { batch: 1, ..sequence(vec![Mask(Kept::Lone)], q, kv) }
+        }
         // A batch of three, tails on both sides.
         _ => {
             let (q, kv) = [(257, 383), (511, 641), (1023, 130), (129, 1151)][turn];
@@ -414,6 +431,8 @@ impl fmt::Display for Problem {
                 HeadKind::Mask(Kept::Percent(p)) => format!("{p}%"),
                 HeadKind::Mask(Kept::Band) => "band".into(),
                 HeadKind::Mask(Kept::All) => "all".into(),
+                HeadKind::Mask(Kept::Runs(n)) => format!("runs{n}"),
+                HeadKind::Mask(Kept::Lone) => "lone".into(),
             })
             .collect();
         write!(f, " {}", heads.join(","))
@@ -515,6 +534,18 @@ mod tests {
         let blocks = |p: &Problem| (p.geometry.num_q_blocks(), p.geometry.num_kv_blocks());
         any("mask rows of several pieces", 4, &|p| blocks(p).1 > 1024);
         any("one head", 4, &|p| p.heads.len() == 1 && blocks(p).0 > 4);
+        any("rows of a tile with nothing in common", 2, &|p| {
+            p.head_dim == 64 && p.heads.contains(&HeadKind::Mask(Kept::Runs(9)))
+        });
+        any("rows of a tile of which one keeps one block", 4, &|p| {
+            p.head_dim == 64 && p.heads.contains(&HeadKind::Mask(Kept::Lone))
+        });
+        any("last tiles of one strip, of either half of a block", 1, &|p| {
+            p.head_dim == 64 && p.tokens().0 > 192 && (1..=64).contains(&(p.tokens().0 % 384))
+        });
+        any("last tiles of one strip, of the other half", 1, &|p| {
+            p.head_dim == 64 && p.tokens().0 > 192 && (193..=256).contains(&(p.tokens().0 % 384))
+        });
         any("many heads", 4, &|p| p.heads.len() >= 24);
         any("far more keys than queries", 2, &|p| p.tokens().1 > 100 * p.tokens().0);
         any("far more queries than keys", 2, &|p| p.tokens().0 > 10 * p.tokens().1);

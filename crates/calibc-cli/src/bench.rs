@@ -460,7 +460,7 @@ host      3.00 us median, 3.98 us p99 per call; ? with a window of two steps
             let dense = dense_plan(&like, geometry, counts);
             assert_eq!(calibc_ir::verify::verify(&dense), Ok(()));
             assert_eq!([dense.num_steps(), dense.model.layers, dense.model.heads], counts);
-            let tiles = counts.iter().product::<u32>() * geometry.num_q_blocks();
+            let tiles = counts.iter().product::<u32>() * dense.num_tiles(AttnOp::Dense);
             let schedule = dense.schedule.unwrap();
             let items: usize = schedule.list_of.iter().map(|&list| schedule.list(list).len()).sum();
             assert_eq!(items, tiles as usize);

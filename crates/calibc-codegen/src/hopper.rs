@@ -44,18 +44,42 @@
 //!   head_dim 64 (even, and so is any order of products and exponentials there: turns, a head start for one warpgroup, exponentials forced
 //!   under the weighted sum); part of the exponentials by a polynomial (0 to 4 % slower: power again); four computing warpgroups with
 //!   passes of 64 keys at head_dim 64 (7 % slower: registers allow no more, and each pass has a fixed price in power).
+//!
+//! # Wide tiles
+//!
+//! Kernels for tiles of 192 rows at head_dim 64, off until they have run on a GPU (the feature `wide-tiles` of `calibc-ir`; tests compile
+//! them). An experiment whose masks had rows of 192 queries, too, made 549 TFLOP/s where tiles of 128 made 491 (40 x 32,760, density 0.25),
+//! and 575 to 584 where they made 522 to 526 (dense; FA3 537), hot.
+//!
+//! * Outputs are half as large as at head_dim 128, so that a third warpgroup has room, and what is loaded serves half as many rows again.
+//!   Masks have rows of 128, so a tile has strips of two query blocks, 2 : 1 or 1 : 2. What either keeps is loaded, with a tag beside each
+//!   stage of keys that says who does; a warpgroup passes over the rest.
+//! * Passing over blocks: weights may wait for the next block their rows keep, with the stage of values they need, over one block, so that
+//!   they are still added up under other scores; at a second they are added up at once. So of all warpgroups the one furthest behind always
+//!   goes on: at block n it waits for keys n or values n at most, whose stages are empty once all have given back blocks n - 5; the others
+//!   are at n or later, and hold no stage of keys below n, nor of values below n - 2. (Were weights to wait for any number of blocks, the
+//!   ring of values would fill up and nothing would arrive.) Stages of values that are passed over are given back in order and once they
+//!   are full, so that an arrival never counts for the round before. A simulation of all barriers under random schedules, of two CTAs that
+//!   share blocks, found no deadlock in this, and no arrival in a wrong round; the text, run under an emulation of barriers, copies and products, computes
+//!   what it should.
+//! * The same simulation says of anchor rows, whose tiles do not wait for the warp that loads queries: were that warp not to run for
+//!   a whole tile, it could miss two rounds of `q_empty`. Warps are scheduled more often than that; waiting for it there, too, would rule it out.
+//! * Six stages of K and five of V (219 KB): warpgroups may be so many blocks apart, and they drift where they keep different ones. One
+//!   panel of ones serves all stages: the operand has two panels, and their distance is a field of its descriptor.
+//! * Registers: 32 for the loading warpgroup, 160 for the computing ones. So of a tile nothing but the count of blocks is kept over its
+//!   passes; the rest is read again from shared memory, and the work is given back at the end. The loading warps walk a mask row by
+//!   what is left of it and keep no addresses.
+//! * The pass that only computes scores is the first one, and each one after a break; it raises the maximum.
 
 use calibc_ir::{BLOCK, DType, Family, Variant, abi};
 use serde::Serialize;
 
 use crate::{CodegenError, Common, KernelSource, Part, part, spell};
 
-/// The warpgroup that loads, and two that compute.
-const THREADS: u32 = 384;
-/// Registers of a thread of the warpgroup that loads.
-const PRODUCER_REGISTERS: u32 = 56;
-/// Registers of a thread of a warpgroup that computes.
-const CONSUMER_REGISTERS: u32 = 224;
+/// Rows of a warpgroup.
+const WARPGROUP_ROWS: u32 = 64;
+/// Threads of a warpgroup.
+const WARPGROUP_THREADS: u32 = 128;
 /// What a part of a tile costs beside its keys (queries, first and last pass, accumulators to memory and back), in key blocks.
 const PART_COST: u32 = 4;
 /// What two tiles must have in common to be loaded for both, in sixteenths of the longer row.
@@ -64,8 +88,6 @@ const SHARE_FROM: u32 = 14;
 const SUM_COLUMNS: u32 = 8;
 /// Bytes of a row of a panel: what the swizzle spans.
 const PANEL_ROW_BYTES: u32 = 128;
-/// Shared memory for barriers and the work handed over.
-const BARRIER_BYTES: u32 = 1280;
 
 /// What a weight must stay below, in bits of `dtype`: far from where sums of all blocks times values overflow in single precision,
 /// and from where weights overflow `dtype`.
@@ -76,11 +98,35 @@ const fn weight_limit(dtype: DType) -> &'static str {
     }
 }
 
+/// What follows from the number of query rows of a tile.
+struct Shape {
+    /// Warpgroups that compute, in words.
+    computing: &'static str,
+    /// Registers of a thread of the warpgroup that loads, and of one that computes.
+    registers: (u32, u32),
+    /// Stages of keys and of values.
+    stages: (u32, u32),
+    /// Shared memory for barriers and the work handed over.
+    barrier_bytes: u32,
+}
+
+impl Shape {
+    const fn of(tile_rows: u32, head_dim: u32) -> Self {
+        if tile_rows > BLOCK {
+            Self { computing: "three", registers: (32, 160), stages: (6, 5), barrier_bytes: 2560 }
+        } else {
+            let stages = if head_dim == 64 { (4, 4) } else { (3, 2) };
+            Self { computing: "two", registers: (56, 224), stages, barrier_bytes: 1280 }
+        }
+    }
+}
+
 /// What the templates see.
 #[derive(Serialize)]
 struct KernelCx {
     #[serde(flatten)]
     common: Common,
+    computing: &'static str,
     threads: u32,
     key_stages: u32,
     value_stages: u32,
@@ -89,6 +135,7 @@ struct KernelCx {
     weight_limit: &'static str,
     sum_columns: u32,
     value_columns: u32,
+    ones: u32,
     producer_registers: u32,
     consumer_registers: u32,
     part_cost: u32,
@@ -104,48 +151,64 @@ struct KernelCx {
 }
 
 /// The parts of a variant's source, in order.
-fn parts(variant: &Variant) -> [Part; 10] {
+fn parts(variant: &Variant, tile_rows: u32) -> Vec<Part> {
     let (rows, queries) = if variant.anchors {
         (part!("common", "rows_anchors"), part!("hopper", "queries_gathered"))
     } else {
         (part!("common", "rows_direct"), part!("hopper", "queries_direct"))
     };
-    [
+    let (work, compute): (&[Part], Part) = if tile_rows > BLOCK {
+        (&[part!("hopper", "work_rows"), part!("hopper", "load_rows")], part!("hopper", "compute_rows"))
+    } else {
+        (&[part!("hopper", "work_row")], part!("hopper", "compute_row"))
+    };
+    let mut parts = vec![
         part!("common", "contract"),
         part!("hopper", "prelude"),
         part!("hopper", "ptx"),
         rows,
-        part!("hopper", "work"),
+        part!("hopper", "walk"),
+    ];
+    parts.extend(work);
+    parts.extend([
         queries,
         part!("hopper", "softmax"),
         part!("hopper", "parts"),
         part!("hopper", "epilogue"),
+        compute,
         part!("hopper", "kernel"),
-    ]
+    ]);
+    parts
 }
 
-pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> {
-    let (family, parts) = (Family::Hopper, parts(variant));
-    let common = Common::new(variant, family, &parts);
+pub(crate) fn generate(variant: &Variant, tile_rows: u32) -> Result<KernelSource, CodegenError> {
+    let (family, parts) = (Family::Hopper, parts(variant, tile_rows));
+    let common = Common::new(variant, family, tile_rows, &parts);
     let tile_bytes = BLOCK * common.row_bytes;
-    let (key_stages, value_stages) = if variant.head_dim == 64 { (4, 4) } else { (3, 2) };
+    let Shape { computing, registers, stages: (key_stages, value_stages), barrier_bytes } =
+        Shape::of(tile_rows, variant.head_dim);
+    let threads = WARPGROUP_THREADS * (1 + tile_rows / WARPGROUP_ROWS);
     let symbol = common.symbol.clone();
     let sum_columns = if variant.lse { 0 } else { SUM_COLUMNS };
     let value_columns = variant.head_dim + sum_columns;
+    // An operand has one distance between its panels: where those of values are one, that of ones may lie anywhere behind it.
+    let ones = if tile_rows > BLOCK { 1 } else { value_stages };
     // A thread holds half a row of accumulators: 64 rows of a warpgroup over 128 threads.
     let (scores, outs) = (BLOCK / 2, value_columns / 2);
     let cx = KernelCx {
         common,
-        threads: THREADS,
+        computing,
+        threads,
         key_stages,
         value_stages,
-        barrier_bytes: BARRIER_BYTES,
+        barrier_bytes,
         share_from: SHARE_FROM,
         weight_limit: weight_limit(variant.dtype),
         sum_columns,
         value_columns,
-        producer_registers: PRODUCER_REGISTERS,
-        consumer_registers: CONSUMER_REGISTERS,
+        ones,
+        producer_registers: registers.0,
+        consumer_registers: registers.1,
         part_cost: PART_COST,
         max_parts: abi::MAX_PARTS,
         slots_per_cta: abi::SLOTS_PER_CTA,
@@ -157,7 +220,8 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         value_operand: outs + 4,
     };
     let text = spell(variant, family, &parts, &cx)?;
-    let ones_bytes = if sum_columns > 0 { value_stages * BLOCK * PANEL_ROW_BYTES } else { 0 };
-    let shared_bytes = (1 + key_stages + value_stages) * tile_bytes + ones_bytes + BARRIER_BYTES;
-    Ok(KernelSource { variant: *variant, family, symbol, text, threads: THREADS, shared_bytes })
+    let ones_bytes = if sum_columns > 0 { ones * BLOCK * PANEL_ROW_BYTES } else { 0 };
+    let query_bytes = tile_rows * variant.head_dim * 2;
+    let shared_bytes = query_bytes + (key_stages + value_stages) * tile_bytes + ones_bytes + barrier_bytes;
+    Ok(KernelSource { variant: *variant, family, symbol, text, threads, shared_bytes })
 }

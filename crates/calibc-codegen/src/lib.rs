@@ -95,6 +95,7 @@ struct Common {
     head_dim: u32,
     row_bytes: u32,
     block: u32,
+    tile_rows: u32,
     op_anchors: u32,
     split_tail: u32,
     abi_version: u32,
@@ -121,7 +122,7 @@ macro_rules! part {
 use part;
 
 impl Common {
-    fn new(variant: &Variant, family: Family, parts: &[Part]) -> Self {
+    fn new(variant: &Variant, family: Family, tile_rows: u32, parts: &[Part]) -> Self {
         let mut digest = blake3::Hasher::new();
         parts.iter().for_each(|(_, text)| {
             digest.update(text.as_bytes());
@@ -140,6 +141,7 @@ impl Common {
             head_dim: variant.head_dim,
             row_bytes: variant.head_dim * 2,
             block: BLOCK,
+            tile_rows,
             op_anchors: abi::OP_ANCHORS,
             split_tail: abi::SPLIT_TAIL,
             abi_version: abi::ABI_VERSION,
@@ -197,8 +199,20 @@ pub fn generate(variant: &Variant, family: Family) -> Result<KernelSource, Codeg
     }
     match family {
         Family::Portable => portable::generate(variant),
-        Family::Hopper => hopper::generate(variant),
+        Family::Hopper => hopper::generate(variant, abi::tile_rows(variant.head_dim)),
     }
+}
+
+/// The Hopper kernel of `variant`, of head_dim 64, for wide tiles: what the feature `wide-tiles` makes of it, for tests without it.
+///
+/// # Errors
+/// As [`generate`].
+#[doc(hidden)]
+pub fn generate_wide(variant: &Variant) -> Result<KernelSource, CodegenError> {
+    if variant.head_dim != 64 {
+        return Err(CodegenError::HeadDim { found: variant.head_dim });
+    }
+    hopper::generate(variant, abi::WIDE_TILE_ROWS)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@
 //! * Registers: outputs 128 + scores 32 of 255 at head_dim 128; nothing spills on any architecture (tests hold it there).
 //! * A mask row is read once into shared memory as bits; every thread walks it, so control flow is uniform.
 
-use calibc_ir::{BLOCK, Family, Variant};
+use calibc_ir::{BLOCK, Family, Variant, abi};
 use serde::Serialize;
 
 use crate::{CodegenError, Common, KernelSource, Part, part, spell};
@@ -28,18 +28,26 @@ struct KernelCx {
     rows_per_warp: u32,
     m_tiles: u32,
     chunks: u32,
+    list_rows: u32,
+    list_blocks: u32,
 }
 
 const ROWS_PER_WARP: u32 = 32;
 
 /// The parts of a variant's source, in order.
-fn parts(variant: &Variant) -> [Part; 8] {
+fn parts(variant: &Variant) -> [Part; 9] {
     let rows = if variant.anchors { part!("common", "rows_anchors") } else { part!("common", "rows_direct") };
+    let place = if abi::tile_blocks(variant.head_dim) > 1 {
+        part!("portable", "place_blocks")
+    } else {
+        part!("portable", "place_tile")
+    };
     [
         part!("common", "contract"),
         part!("portable", "prelude"),
         part!("portable", "ptx"),
         rows,
+        place,
         part!("portable", "tiles"),
         part!("portable", "softmax"),
         part!("portable", "epilogue"),
@@ -49,7 +57,7 @@ fn parts(variant: &Variant) -> [Part; 8] {
 
 pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> {
     let (family, parts) = (Family::Portable, parts(variant));
-    let common = Common::new(variant, family, &parts);
+    let common = Common::new(variant, family, BLOCK, &parts);
     let (block_m, row_bytes) = (BLOCK, common.row_bytes);
     // 8 KB of keys and as much of values per stage, whatever the head dimension.
     let keys_per_pass = 4096 / variant.head_dim;
@@ -64,6 +72,8 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         rows_per_warp: ROWS_PER_WARP,
         m_tiles: ROWS_PER_WARP / 16,
         chunks: row_bytes / 16,
+        list_rows: abi::tile_rows(variant.head_dim),
+        list_blocks: abi::tile_blocks(variant.head_dim),
     };
     let text = spell(variant, family, &parts, &cx)?;
     let shared_bytes = (block_m + 4 * keys_per_pass) * row_bytes;

@@ -10,6 +10,10 @@
 //!   masks + mask * q_blocks * words_per_row + tile * words_per_row    -> bit row over kv blocks
 //! ```
 //!
+//! Tile `t` is rows `t * tile_rows` on, of the sequence or, of an anchor head, of the computed queries ([`tile_rows`]). That is a query block;
+//! with the feature `wide-tiles`, at head_dim 64, one and a half, so that tiles 2n and 2n + 1 are three query blocks, of which each has one of
+//! its own and half of the one between.
+//!
 //! A step at or past `num_steps` writes nothing. Every CTA reads the list's count itself: the launch only knows a bound where the
 //! step is in device memory. `bound` is the count of a step known on the host, else that of the layer's longest list over all steps.
 //!
@@ -17,10 +21,11 @@
 //!
 //! ```text
 //! kernel(const __grid_constant__ Params p)
-//! grid = (bound, batch, 1)      block = the kernel's threads      dynamic shared memory = the kernel's + one mask row
+//! grid = (bound * tile_blocks, batch, 1)      block = the kernel's threads      dynamic shared memory = the kernel's + one mask row
 //! ```
 //!
-//! CTA (i, b) computes item i of batch element b; it does nothing where i is past the list's count.
+//! CTA (i, b) computes, of batch element b and item i / tile_blocks, query block i % tile_blocks of those that begin in the tile
+//! ([`tile_blocks`]); it does nothing where there is no such item or block.
 //!
 //! # Hopper kernels
 //!
@@ -39,7 +44,7 @@
 //! the round ends soonest, at most [`MAX_PARTS`] of a tile and [`SLOTS_PER_CTA`] * grid in all. A part leaves its accumulators in a
 //! slot of `partials`, and of each warp the one that arrives last, by the counter of its tile and warp in `arrivals`, adds them up
 //! in the order of the keys: the same bits whoever comes last. It also sets the counter back to 0, as it was found. `partials` holds
-//! [`SLOTS_PER_CTA`] * SMs slots of [`slot_bytes`], `arrivals` [`WARPS`] counters of each of as many tiles as there are SMs; no two
+//! [`SLOTS_PER_CTA`] * SMs slots of [`slot_bytes`], `arrivals` [`warps`] counters of each of as many tiles as there are SMs; no two
 //! launches that may run at the same time share them.
 //!
 //! A `TensorMap` is the driver's tensor map, [`TENSOR_MAP_BYTES`] opaque bytes aligned to [`TENSOR_MAP_ALIGN`]. The three are made
@@ -49,14 +54,14 @@
 //! element         bfloat16 or float16      rank 5, innermost first
 //! dims            { 64, tokens, head_dim / 64, heads, batch }
 //! byte strides    { token_stride * 2, 128, head_stride * 2, batch_stride * 2 }     any legal one where the dimension is 1
-//! box             half a tile of 128 tokens: { 64, 128, 1, 1, 1 } of head_dim 128, { 64, 64, 1, 1, 1 } of 64      element strides 1
+//! box             half a block: { 64, 128, 1, 1, 1 } of head_dim 128, { 64, 64, 1, 1, 1 } of 64      element strides 1
 //! no interleave, 128-byte swizzle, 256-byte L2 promotion, zeros where the box leaves the tensor
 //! ```
 
 use crate::BLOCK;
 
 /// Version of everything on this page.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = if WIDE_TILES { 5 } else { 4 };
 
 /// `ops` word of a dense head.
 pub const OP_DENSE: u32 = u32::MAX;
@@ -73,12 +78,30 @@ pub const MAX_PARTS: u32 = 32;
 /// Parts that are computed at most, per CTA of the launch.
 pub const SLOTS_PER_CTA: u32 = 2;
 
-/// Warps of a Hopper kernel that compute.
-pub const WARPS: u32 = 8;
+/// Whether head_dim 64 has wide tiles.
+const WIDE_TILES: bool = cfg!(feature = "wide-tiles");
+
+/// Query rows of a wide tile: a Hopper CTA at head_dim 64 has room for a third warpgroup that reads what is loaded once.
+pub const WIDE_TILE_ROWS: u32 = BLOCK / 2 * 3;
+
+/// Query rows of a tile.
+pub const fn tile_rows(head_dim: u32) -> u32 {
+    if WIDE_TILES && head_dim <= 64 { WIDE_TILE_ROWS } else { BLOCK }
+}
+
+/// Query blocks that begin in a tile, at most: CTAs that portable kernels take for one.
+pub const fn tile_blocks(head_dim: u32) -> u32 {
+    tile_rows(head_dim).div_ceil(BLOCK)
+}
+
+/// Warps of a Hopper kernel that compute, 16 rows of a tile each.
+pub const fn warps(head_dim: u32) -> u32 {
+    tile_rows(head_dim) / 16
+}
 
 /// Bytes of a part's accumulators: of each computing thread half a row of outputs and sums, and two maxima and sums, in single precision.
 pub const fn slot_bytes(head_dim: u32) -> u32 {
-    ((head_dim + 8) / 2 + 4) * WARPS * 32 * 4
+    ((head_dim + 8) / 2 + 4) * warps(head_dim) * 32 * 4
 }
 
 /// Type of one parameter.
@@ -184,7 +207,7 @@ pub const TENSOR_MAP_COLUMNS: u32 = 64;
 /// CTAs of a cluster of a Hopper kernel.
 pub const CLUSTER: u32 = 2;
 
-/// Tokens of a box: of half a tile.
+/// Tokens of a box: of half a block of keys.
 pub const fn tensor_map_tokens(head_dim: u32) -> u32 {
     if head_dim > TENSOR_MAP_COLUMNS { BLOCK } else { BLOCK / 2 }
 }

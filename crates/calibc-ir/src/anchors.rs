@@ -61,11 +61,6 @@ impl AnchorTable {
         copy_ptr.push(pairs.len() as u32);
         Self { anchors, queries, copy_ptr, copies: pairs.into_iter().map(|(_, to)| to).collect() }
     }
-
-    /// Tiles of [`crate::BLOCK`] computed queries.
-    pub fn num_tiles(&self) -> u32 {
-        (self.queries.len() as u32).div_ceil(crate::BLOCK)
-    }
 }
 
 #[cfg(test)]

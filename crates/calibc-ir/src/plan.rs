@@ -1,5 +1,6 @@
 //! The plan: one op per site, the masks they share, the variants that run them and the order of work.
 
+use crate::abi;
 use crate::anchors::AnchorTable;
 use crate::geometry::Geometry;
 use crate::ids::{HeadId, LayerId, MaskId, Site, StepId};
@@ -106,6 +107,15 @@ impl Plan {
         })
     }
 
+    /// Tiles of a head that attends as `op` says ([`abi::tile_rows`]).
+    pub fn num_tiles(&self, op: AttnOp) -> u32 {
+        let rows = match op {
+            AttnOp::Dense | AttnOp::BlockSparse { .. } => self.geometry.q_tokens(),
+            AttnOp::AnchorRows { anchors } => AnchorTable::new(&self.geometry, anchors).queries.len() as u32,
+        };
+        rows.div_ceil(abi::tile_rows(self.model.head_dim))
+    }
+
     /// Share of the dense query-key work that `op` computes, in blocks: kept / all blocks, or computed / all queries.
     pub fn density(&self, op: AttnOp) -> f64 {
         match op {
@@ -119,9 +129,9 @@ impl Plan {
     }
 }
 
-/// One unit of work: a tile of up to [`crate::BLOCK`] queries of one head. Stored as `head << 16 | tile`.
+/// One unit of work: a tile of up to [`abi::tile_rows`] queries of one head. Stored as `head << 16 | tile`.
 ///
-/// For dense and block-sparse heads the tile is the query block; for anchor heads it counts blocks of computed queries.
+/// Tiles count queries of the sequence; for anchor heads, computed queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkItem(pub u32);
 

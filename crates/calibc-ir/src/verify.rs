@@ -26,8 +26,7 @@
 //!
 //! Schedule (where present)
 //! * one known list per (step, layer), lists in bounds and without holes, none unused;
-//! * the list of a (step, layer) holds each tile of each head exactly once: query blocks, or blocks of computed queries
-//!   ([`AnchorTable::num_tiles`]) where the head uses anchor rows.
+//! * the list of a (step, layer) holds each tile of each head exactly once ([`Plan::num_tiles`]).
 //!
 //! Recall floors are a matter of evidence, which a plan does not carry: the pass that promises one checks it.
 //!
@@ -35,7 +34,6 @@
 
 use thiserror::Error;
 
-use crate::anchors::AnchorTable;
 use crate::geometry::GeometryError;
 use crate::ids::{HeadId, LayerId, MaskId, Site, StepId};
 use crate::mask::BlockMask;
@@ -326,7 +324,7 @@ fn problem(plan: &Plan, errors: &mut Vec<VerifyError>) {
         errors.push(VerifyError::TooManyHeads { heads: model.heads });
     }
     let sites = num_sites(plan);
-    let tiles = if valid.is_ok() { geometry.num_q_blocks() } else { 0 };
+    let tiles = if valid.is_ok() { plan.num_tiles(AttnOp::Dense) } else { 0 };
     for (what, count) in [("sites", sites), ("work items", sites.saturating_mul(tiles.into()))] {
         if count > u128::from(u32::MAX) {
             errors.push(VerifyError::TooMany { what, count });
@@ -447,11 +445,11 @@ fn work(plan: &Plan, schedule: &Schedule, errors: &mut Vec<VerifyError>) {
     // A list is checked for its first user, and again only for users whose heads have other tile counts.
     let mut first_user: Vec<Option<Vec<u32>>> = vec![None; lists as usize];
     let anchor_tiles = plan.anchors().map(|n| match n {
-        n if n > 0 && u32::from(n) <= plan.geometry.height => AnchorTable::new(&plan.geometry, n).num_tiles(),
+        n if n > 0 && u32::from(n) <= plan.geometry.height => plan.num_tiles(AttnOp::AnchorRows { anchors: n }),
         _ => 0, // already an error of its own
     });
-    let q_blocks = plan.geometry.num_q_blocks();
-    let mut seen = vec![0_u64; (plan.model.heads as usize * q_blocks as usize).div_ceil(64)];
+    let dense = plan.num_tiles(AttnOp::Dense);
+    let mut seen = vec![0_u64; (plan.model.heads as usize * dense as usize).div_ceil(64)];
     let pair_ids = (0..plan.num_steps()).flat_map(|s| (0..layers).map(move |l| (StepId(s), LayerId(l))));
     for ((step, layer), &list) in pair_ids.zip(&schedule.list_of) {
         if list >= lists {
@@ -463,12 +461,12 @@ fn work(plan: &Plan, schedule: &Schedule, errors: &mut Vec<VerifyError>) {
             .iter()
             .map(|op| match op {
                 AttnOp::AnchorRows { .. } => anchor_tiles.unwrap_or(0),
-                _ => q_blocks,
+                _ => dense,
             })
             .collect();
         let known = &mut first_user[list as usize];
         if known.as_ref() != Some(&tiles) {
-            errors.extend(list_error(schedule, (step, layer, list), &tiles, q_blocks, &mut seen));
+            errors.extend(list_error(schedule, (step, layer, list), &tiles, dense, &mut seen));
             known.get_or_insert(tiles);
         }
     }
@@ -476,16 +474,16 @@ fn work(plan: &Plan, schedule: &Schedule, errors: &mut Vec<VerifyError>) {
     errors.extend(unused.map(|list| VerifyError::UnusedList { list }));
 }
 
-/// The first thing wrong with the list of one (step, layer) whose head `h` has `tiles[h]` tiles. `seen` is all zero
-/// before and after.
+/// The first thing wrong with the list of one (step, layer) whose head `h` has `tiles[h]` tiles, at most the `dense` of a dense
+/// one. `seen` is all zero before and after.
 fn list_error(
     schedule: &Schedule,
     (step, layer, list): (StepId, LayerId, u32),
     tiles: &[u32],
-    q_blocks: u32,
+    dense: u32,
     seen: &mut [u64],
 ) -> Option<VerifyError> {
-    let bit = |head: HeadId, tile: u32| head.index() * q_blocks as usize + tile as usize;
+    let bit = |head: HeadId, tile: u32| head.index() * dense as usize + tile as usize;
     let items = schedule.list(list);
     let mut noted = 0;
     let wrong = items.iter().find_map(|item| {

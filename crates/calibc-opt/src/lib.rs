@@ -12,7 +12,7 @@
 //! use calibc_ir::{AttnOp, BlockMask, Geometry, Model, Plan, Site};
 //! use calibc_opt::{Explicit, Hooks, NoCalibration, Policy, SiteMask, Target, standard};
 //!
-//! let model = Model { name: "toy".into(), layers: 1, heads: 2, head_dim: 64 };
+//! let model = Model { name: "toy".into(), layers: 1, heads: 2, head_dim: 128 };
 //! let plan = Plan::dense(model, Geometry::video(1, 16, 32), vec![1.0]);
 //! let diagonal = |_: Site| SiteMask::Mask(BlockMask::from_fn(4, 4, |r, c| r == c));
 //! let pipeline = standard(&Policy::Explicit(Explicit::new(diagonal)), &Target::default());

@@ -5,9 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use calibc_ir::verify::verify;
-use calibc_ir::{
-    AnchorTable, AttnOp, BlockEnergy, BlockMask, Geometry, Layout, Model, Plan, Site, StepId, TextPosition,
-};
+use calibc_ir::{AttnOp, BlockEnergy, BlockMask, Geometry, Layout, Model, Plan, Site, StepId, TextPosition};
 use calibc_opt::{
     CalibAtt, Calibration, Explicit, Hooks, NoCalibration, Policy, Repetition, ShareLimits, SiteMask, Split, Target,
     nearest_covered, recall_report, schedule, standard,
@@ -233,14 +231,10 @@ proptest! {
         let plan = standard(&Policy::Explicit(explicit), &target).run(plan, &NoCalibration, Hooks::default()).unwrap();
         prop_assert_eq!(plan.schedule.as_ref(), Some(&schedule(&plan, &target)));
         let lists = plan.schedule.as_ref().unwrap();
-        let tiles = |op: &AttnOp| match op {
-            AttnOp::AnchorRows { anchors } => AnchorTable::new(&plan.geometry, *anchors).num_tiles(),
-            _ => plan.geometry.num_q_blocks(),
-        };
         for (ops, &list) in plan.ops.chunks(plan.model.heads as usize).zip(&lists.list_of) {
             let mut got: Vec<_> = lists.list(list).iter().map(|item| (item.head().0, item.tile())).collect();
             got.sort_unstable();
-            let want: Vec<_> = (0..).zip(ops).flat_map(|(head, op)| (0..tiles(op)).map(move |tile| (head, tile))).collect();
+            let want: Vec<_> = (0..).zip(ops).flat_map(|(head, op)| (0..plan.num_tiles(*op)).map(move |tile| (head, tile))).collect();
             prop_assert_eq!(got, want);
         }
     }

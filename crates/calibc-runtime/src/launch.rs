@@ -255,7 +255,7 @@ impl LaunchArgs {
     /// CTAs in x, y and z of a kernel of `family` on a GPU of `multiprocessors` SMs.
     pub fn grid(&self, family: Family, multiprocessors: u32) -> [u32; 3] {
         match family {
-            Family::Portable => [self.items, self.params.batch, 1],
+            Family::Portable => [self.items * abi::tile_blocks(self.variant.head_dim), self.params.batch, 1],
             // Clusters are whole. Parts may fill the GPU where tiles do not. No overflow: at most `MAX_WORK`.
             Family::Hopper => {
                 let work = if self.splits {

@@ -5,8 +5,8 @@
 
 use calibc_bundle::{Contents, Kernel, Resources, encode};
 use calibc_ir::{
-    AnchorTable, Arch, AttnOp, BlockMask, DType, Family, Geometry, HeadId, Layout, MaskTable, Model, Plan, Schedule,
-    TextPosition, Variant, WorkItem,
+    Arch, AttnOp, BlockMask, DType, Family, Geometry, HeadId, Layout, MaskTable, Model, Plan, Schedule, TextPosition,
+    Variant, WorkItem,
 };
 
 /// splitmix64.
@@ -108,13 +108,7 @@ fn schedule(plan: &Plan, rng: &mut Rng) -> Schedule {
         let mut items: Vec<_> = (0..)
             .map(HeadId)
             .zip(ops)
-            .flat_map(|(head, op)| {
-                let tiles = match op {
-                    AttnOp::AnchorRows { anchors } => AnchorTable::new(&plan.geometry, *anchors).num_tiles(),
-                    _ => plan.geometry.num_q_blocks(),
-                };
-                (0..tiles).map(move |tile| WorkItem::new(head, tile))
-            })
+            .flat_map(|(head, op)| (0..plan.num_tiles(*op)).map(move |tile| WorkItem::new(head, tile)))
             .collect();
         if rng.below(2) == 0 {
             items.reverse();

@@ -7,6 +7,8 @@
 //! one does, tiles run head by head in the order of the sequence: reading keys together then saves more than a short tail
 //! (measured on an H200 at 75,600 tokens: 3 to 4 % over the curve, 2 to 4 % over longest-first).
 //!
+//! A tile is a query block, or at head_dim 64 one and a half ([`abi::tile_rows`]): it costs what its rows cost on average.
+//!
 //! Tiles come in pairs, which run side by side: on the two CTAs of a cluster, where what both keep is loaded once. A pair is two tiles of a
 //! head that follow each other in the sequence: such neighbours keep much the same, and about as much. Pairs are what is put in the order
 //! above: as long as the longer tile, in the place of the first. Where a head has an odd number of tiles, the last one waits for that of
@@ -126,8 +128,10 @@ struct Order<'a> {
     by_length: bool,
     /// Place of each query block on the curve.
     curve: Vec<u32>,
-    /// Tiles of an anchor head.
-    anchor_tiles: u32,
+    /// Query rows of a tile.
+    tile_rows: u32,
+    /// Query rows of a head, and computed ones of an anchor head.
+    rows: [u32; 2],
     /// Pairs of a round: one for each cluster of persistent CTAs.
     round: usize,
 }
@@ -139,21 +143,23 @@ impl<'a> Order<'a> {
         let head_bytes = 4 * u64::from(g.kv_tokens()) * u64::from(model.head_dim);
         let fit = target.l2_bytes / head_bytes;
         // So many heads are at work at a time in any order that runs one head after another.
-        let at_work = target.running_tiles.div_ceil(g.num_q_blocks());
+        let at_work = target.running_tiles.div_ceil(plan.num_tiles(AttnOp::Dense));
         let group = fit.max(at_work.into()).clamp(1, model.heads.into()) as usize;
-        let anchor_tiles = plan.anchors().map_or(0, |anchors| AnchorTable::new(g, anchors).num_tiles());
+        let computed = plan.anchors().map_or(0, |anchors| AnchorTable::new(g, anchors).queries.len() as u32);
+        let rows = [g.q_tokens(), computed];
         let round = (target.running_tiles / abi::CLUSTER).max(1) as usize;
-        Self { plan, group, by_length: fit > 0, curve: curve(g), anchor_tiles, round }
+        let tile_rows = abi::tile_rows(model.head_dim);
+        Self { plan, group, by_length: fit > 0, curve: curve(g), tile_rows, rows, round }
     }
 
     /// Cost of each tile of a head, in key blocks.
     fn costs(&self, op: AttnOp) -> Vec<u32> {
-        let (rows, cols) = (self.plan.geometry.num_q_blocks(), self.plan.geometry.num_kv_blocks());
-        match op {
-            AttnOp::Dense => vec![cols; rows as usize],
+        let rows = self.rows[usize::from(matches!(op, AttnOp::AnchorRows { .. }))];
+        let kept = match op {
             AttnOp::BlockSparse { mask } => row_counts(&self.plan.masks[mask]),
-            AttnOp::AnchorRows { .. } => vec![cols; self.anchor_tiles as usize],
-        }
+            _ => vec![self.plan.geometry.num_kv_blocks(); rows.div_ceil(BLOCK) as usize],
+        };
+        tile_costs(&kept, rows, self.tile_rows)
     }
 
     fn list(&self, ops: &[AttnOp]) -> Vec<WorkItem> {
@@ -199,7 +205,9 @@ impl<'a> Order<'a> {
                         }
                     };
                     let place = match op {
-                        AttnOp::BlockSparse { .. } | AttnOp::Dense if self.by_length => self.curve[at],
+                        AttnOp::BlockSparse { .. } | AttnOp::Dense if self.by_length => {
+                            self.curve[at * self.tile_rows as usize / BLOCK as usize]
+                        }
                         _ => at as u32,
                     };
                     // 0 is the longest class: whole rows and those within a class of them.
@@ -300,6 +308,21 @@ fn exchange(pairs: &mut [Pair], loads: &mut [u64]) {
     }
 }
 
+/// Cost of each tile of `tile_rows` of the `rows` query rows whose blocks keep so many key blocks: the mean over its rows, those of a
+/// block that is not there cost nothing.
+fn tile_costs(kept: &[u32], rows: u32, tile_rows: u32) -> Vec<u32> {
+    let cost = |tile: u32| {
+        let (start, end) = (tile * tile_rows, (tile + 1) * tile_rows);
+        let of_block = |(block, &kept): (u32, &u32)| {
+            let rows = end.min((block + 1) * BLOCK) - start.max(block * BLOCK);
+            u64::from(rows) * u64::from(kept)
+        };
+        let blocks = (start / BLOCK..end.div_ceil(BLOCK)).zip(kept.iter().skip((start / BLOCK) as usize));
+        blocks.map(of_block).sum::<u64>().div_ceil(tile_rows.into()) as u32
+    };
+    (0..rows.div_ceil(tile_rows)).map(cost).collect()
+}
+
 fn row_counts(mask: &BlockMask) -> Vec<u32> {
     (0..mask.rows()).map(|r| mask.row_count(r)).collect()
 }
@@ -387,7 +410,7 @@ impl Lists {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use calibc_ir::{Layout, Model, TextPosition};
+    use calibc_ir::{HEAD_DIMS, Layout, MAX_TOKENS, Model, TextPosition};
     use proptest::prelude::*;
 
     #[test]
@@ -414,6 +437,27 @@ mod tests {
             places.sort_unstable();
             assert_eq!(places, (0..g.num_q_blocks()).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn a_tile_costs_what_its_rows_cost_on_average() {
+        let costs = |kept: &[u32], rows| tile_costs(kept, rows, abi::WIDE_TILE_ROWS);
+        // Two thirds of the first block and one of the second, then the other way round.
+        assert_eq!(costs(&[30, 60, 3], 384), [40, 22]);
+        // Rounded up: a tile that keeps anything costs something.
+        assert_eq!(costs(&[1, 0, 0], 300), [1, 0]);
+        // Half of the first tile's second block is not there; the second tile of 385 rows has a strip of one block.
+        assert_eq!(costs(&[30], 128), [20]);
+        assert_eq!(costs(&[30, 60], 129), [40]);
+        assert_eq!(costs(&[30, 60, 3, 9], 385), [40, 22, 6]);
+        // A whole head costs what its blocks do.
+        assert_eq!(costs(&[9; 6], 6 * BLOCK), [9; 4]);
+        assert_eq!(tile_costs(&[4, 7, 1], 300, abi::tile_rows(128)), [4, 7, 1]);
+    }
+
+    #[test]
+    fn tiles_fit_16_bits() {
+        assert!(HEAD_DIMS.iter().all(|&head_dim| MAX_TOKENS.div_ceil(abi::tile_rows(head_dim)) <= 1 << 16));
     }
 
     #[test]

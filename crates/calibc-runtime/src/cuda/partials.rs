@@ -30,7 +30,7 @@ impl Partials {
     /// For kernels of `head_dim` on a GPU of `multiprocessors` SMs.
     pub(super) fn new(device: &Device, head_dim: u32, multiprocessors: u32) -> Result<Self, RuntimeError> {
         let slots = (abi::SLOTS_PER_CTA * multiprocessors) as usize * abi::slot_bytes(head_dim) as usize;
-        let arrivals = (multiprocessors * abi::WARPS) as usize * 4;
+        let arrivals = (multiprocessors * abi::warps(head_dim)) as usize * 4;
         let partials = Self {
             device: device.clone(),
             slots,
