@@ -60,8 +60,8 @@
 //!   are at n or later, and hold no stage of keys below n, nor of values below n - 2. (Were weights to wait for any number of blocks, the
 //!   ring of values would fill up and nothing would arrive.) Stages of values that are passed over are given back in order and once they
 //!   are full, so that an arrival never counts for the round before. A simulation of all barriers under random schedules, of two CTAs that
-//!   share blocks, found no deadlock in this, and no arrival in a wrong round; the text, run under an emulation of barriers, copies and products, computes
-//!   what it should.
+//!   share blocks, found no deadlock in this, and no arrival in a wrong round; the text, run under an emulation of barriers, copies and
+//!   products, computes what it should.
 //! * The same simulation says of anchor rows, whose tiles do not wait for the warp that loads queries: were that warp not to run for
 //!   a whole tile, it could miss two rounds of `q_empty`. Warps are scheduled more often than that; waiting for it there, too, would rule it out.
 //! * Six stages of K and five of V (219 KB): warpgroups may be so many blocks apart, and they drift where they keep different ones. One
@@ -171,6 +171,7 @@ fn parts(variant: &Variant, tile_rows: u32) -> Vec<Part> {
     ];
     parts.extend(work);
     parts.extend([
+        part!("hopper", "load_queries"),
         queries,
         part!("hopper", "softmax"),
         part!("hopper", "parts"),

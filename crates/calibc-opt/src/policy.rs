@@ -102,7 +102,8 @@ impl CalibAtt {
 /// One global optimum: given a density, the plan of least predicted loss.
 ///
 /// Dropping block `(r, c)` at a site costs `w(t) * u(t, l, h)` times what it adds to the loss of its row, anchor rows there
-/// `w * u * q_blocks * error^2` (with `u` as [`HeadWeights`] says); what a site keeps costs attention work. One price of work, the same for all sites, decides each block and each head.
+/// `w * u * q_blocks * error^2` (with `u` as [`HeadWeights`] says); what a site keeps costs attention work. One price of work, the same
+/// for all sites, decides each block and each head.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Budget {
     /// Share of the dense attention work that the plan may do, in (0, 1].

@@ -7,7 +7,7 @@
 //! one does, tiles run head by head in the order of the sequence: reading keys together then saves more than a short tail
 //! (measured on an H200 at 75,600 tokens: 3 to 4 % over the curve, 2 to 4 % over longest-first).
 //!
-//! A tile is a query block, or at head_dim 64 one and a half ([`abi::tile_rows`]): it costs what its rows cost on average.
+//! A tile is a query block, or a block and a half where tiles are wide ([`abi::tile_rows`]): it costs what its rows cost on average.
 //!
 //! Tiles come in pairs, which run side by side: on the two CTAs of a cluster, where what both keep is loaded once. A pair is two tiles of a
 //! head that follow each other in the sequence: such neighbours keep much the same, and about as much. Pairs are what is put in the order
