@@ -134,7 +134,9 @@ class Lab:
     def measure_sensitivity(self, folder: pathlib.Path, method: Literal["gradient", "exact"]) -> Any:
         """w and u of the calibration prompts, written beside the traces."""
         ids, seeds = calibration(self.args)
-        runs = [partial(self.one, ids[i], seeds[i]) for i in range(self.args.sensitivity_prompts)]
+        # Those that judge stay out of it.
+        count = min(self.args.sensitivity_prompts, self.args.prompts[0])
+        runs = [partial(self.one, ids[i], seeds[i]) for i in range(count)]
         config = calibc.SensitivityConfig(
             method=method,
             guidance_scale=sampler.GUIDANCE,

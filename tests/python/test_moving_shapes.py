@@ -443,7 +443,7 @@ class Metrics(unittest.TestCase):
 class Lab(unittest.TestCase):
     def test_the_lab_compares_policies(self) -> None:
         arguments = "--tiny --policies budget calibatt random --densities 0.6 --ingredients --ingredients-density 0.6"
-        arguments += " --anchor-share 0.2 --oracle 1 --exact --sensitivity-prompts 1 --sensitivity-steps 1 --workers 1 --arch sm_80"
+        arguments += " --anchor-share 0.2 --oracle 1 --exact --workers 1 --arch sm_80"
         # One head in two layers, of random weights: what it generates does not matter here.
         small = mock.patch.dict(models.CONFIG, num_layers=2, num_attention_heads=1, ffn_dim=64)
         with folder() as path, small, quiet(), contextlib.redirect_stdout(io.StringIO()) as said:
