@@ -2,6 +2,7 @@
 
     pip install 'calibc[cu13]' torch diffusers fa3-fwd
     python examples/wan_forward.py --resolution 480p 720p --json forward.json        # a GPU with 80 GB, some minutes
+    python examples/wan_forward.py --resolution 480p --parts graphs
     python examples/wan_forward.py --tiny                                            # a small model, on a CPU
 
 * forward: attention dense (FlashAttention-3 where it is installed, else torch), on plans of some densities, and as the same dense
@@ -31,8 +32,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peers import BLOCK
-from side_by_side import make_mask
+from peers import BLOCK, first
+from side_by_side import make_mask, wait
 
 DENSITIES = (0.5, 0.375, 0.25)
 SIGMAS = (0.9, 0.6, 0.3)
@@ -96,6 +97,14 @@ class Lab:
         with mock.patch.object(transformer_wan, "dispatch_attention_fn", dispatch):
             yield
 
+    def seconds(self, step: int = 0) -> float:
+        """Time of one forward, from idle to idle."""
+        wait(self.latents.device)
+        start = time.perf_counter()
+        self.forward(step)
+        wait(self.latents.device)
+        return time.perf_counter() - start
+
     def shortened(self, density: float) -> Attend:
         """The dense kernel at the price of a density."""
         keys = max(BLOCK, round(self.tokens * density / BLOCK) * BLOCK)
@@ -138,11 +147,7 @@ def dense_kernel() -> tuple[str, Attend]:
 
         return "torch", torch_attention
 
-    def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    return "fa3", fa3
+    return "fa3", lambda q, k, v: first(flash_attn_func(q, k, v))
 
 
 def plan(lab: Lab, heads: int, layers: int, folder: pathlib.Path) -> tuple[calibc.Bundle, list[float]]:
@@ -176,20 +181,6 @@ def arch(device: torch.device) -> str:
     return {9: "sm_90a", 8: "sm_80"}.get(major, f"sm_{major}{minor}")
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Time of one call, from idle to idle."""
-    settle()
-    start = time.perf_counter()
-    run()
-    settle()
-    return time.perf_counter() - start
-
-
-def settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Medians over the rounds of what the runs time; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -206,13 +197,13 @@ def time_forward(lab: Lab, bundle: calibc.Bundle, densities: list[float]) -> dic
 
     def with_kernel(attend: Attend) -> float:
         with lab.attention(attend):
-            return seconds(lab.forward)
+            return lab.seconds()
 
     def on_plan(step: int) -> float:
         # All masks on the GPU, as they are while a pipeline runs: each step's are uploaded during the one before.
         config = calibc.SparseAttentionConfig(bundle, strict=True, resident_steps=None)
         with calibc.apply_sparse_attention(lab.model, config):
-            return seconds(lambda: lab.forward(step))
+            return lab.seconds(step)
 
     runs: dict[str, Callable[[], float]] = {"dense": lambda: with_kernel(lab.dense)}
     for step, density in enumerate(densities):
@@ -238,11 +229,11 @@ def time_capture(lab: Lab, folder: pathlib.Path) -> dict[str, float]:
         config = calibc.CaptureConfig(rows, anchors=anchors, sigmas=SIGMAS[:2], progress=False)
         with calibc.capture(lab.model, folder / name.replace(" ", "-"), config) as cap, cap.prompt("a"):
             lab.forward(0)
-            return seconds(lambda: lab.forward(1))
+            return lab.seconds(1)
 
     def dense() -> float:
         with lab.attention(lab.dense):
-            return seconds(lab.forward)
+            return lab.seconds()
 
     before = dense()
     took = {name: captured(name, *how) for name, how in CAPTURES.items()}
@@ -259,7 +250,7 @@ def check_graphs(lab: Lab, bundle: calibc.Bundle) -> dict[str, object]:
     result: dict[str, object] = {}
     with calibc.apply_sparse_attention(lab.model, config) as handle:
         eager = [lab.forward(step) for step in steps]
-        result["eager_s"] = seconds(lambda: lab.forward(len(SIGMAS) - 1))
+        result["eager_s"] = lab.seconds(len(SIGMAS) - 1)
         if lab.latents.device.type == "cuda":
             level = torch.full((1,), 1000 * SIGMAS[0], device=lab.latents.device)
             inputs = {"timestep": level, "encoder_hidden_states": lab.text, "return_dict": False}
@@ -285,7 +276,7 @@ def check_graphs(lab: Lab, bundle: calibc.Bundle) -> dict[str, object]:
             other.forward(step)
         result["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         result["compiled_from_eager"] = furthest
-        result["compiled_s"] = seconds(lambda: lab.forward(len(SIGMAS) - 1))
+        result["compiled_s"] = lab.seconds(len(SIGMAS) - 1)
         result["fallbacks"] = sum(handle.stats().fallbacks.values())
     print(f"  {result}", flush=True)
     return result
