@@ -11,8 +11,8 @@
 //! let model = Model { name: "tiny".into(), layers: 2, heads: 4, head_dim: 64 };
 //! let mut plan = Plan::dense(model, Geometry::video(3, 16, 16), vec![1.0, 0.5]);
 //! plan.variants = vec![Variant { dtype: DType::Bf16, head_dim: 64, lse: false, anchors: false, ragged: false }];
-//! let items: Vec<_> = (0..4).flat_map(|head| (0..6).map(move |tile| WorkItem::new(HeadId(head), tile))).collect();
-//! plan.schedule = Some(Schedule { list_of: vec![0; 4], list_ptr: vec![0, 24], items });
+//! let items: Vec<_> = (0..4).flat_map(|head| (0..4).map(move |tile| WorkItem::new(HeadId(head), tile))).collect();
+//! plan.schedule = Some(Schedule { list_of: vec![0; 4], list_ptr: vec![0, 16], items });
 //! let report = serde_json::json!({ "density": 1.0 });
 //! let contents = Contents { plan: &plan, kernels: &[], spec: "", report: &report, calibc_version: "0.1.0" };
 //! let bytes = encode(&contents)?;

@@ -2,7 +2,7 @@
 //!
 //! `wgmma`, TMA and mbarriers: sm_90a alone. Persistent: each SM runs one CTA, which walks its share of the work list. In warpgroup 0
 //! one warp looks up what comes next, and three load Q once per item, and K and V blocks through two rings. Each of the
-//! other two warpgroups computes 64 query rows, with scores, weights and outputs in registers.
+//! other warpgroups, two at head_dim 128 and three at 64, computes 64 query rows, with scores, weights and outputs in registers.
 //!
 //! * Numbers: at head_dim 128 a pass over 128 keys does 8.4 MFLOP for 64 KB of K and V: 1 byte of L2 traffic per 128 FLOP. Matrix
 //!   instructions need 2,048 cycles of the SM for it, the 16,384 exponentials 1,024: both must overlap.
@@ -20,6 +20,10 @@
 //!   caught by a vote before anything is added: the scores are computed again from shared memory, where their keys still are, the
 //!   maximum is raised and the sums shrink. Measured: 9 % at head_dim 128, 14 % at 64; the GPU runs at its power limit, and work
 //!   left out is power for the products.
+//! * What all lanes of a warp have alike (numbers of blocks, the warpgroup's place) comes out of a reduction, so that the compiler knows: loops
+//!   are uniform, and positions, addresses and descriptors stay in uniform registers, where 16 (32 at head_dim 64) moves between the products
+//!   of a pass would put them. Maxima are kept times the scale, two multiplications and two registers less. Measured together: 2.4 to 2.9 % at
+//!   head_dim 128.
 //! * Sums of weights are products, too: eight columns of ones follow the values, a panel of them in every stage. It saves an addition
 //!   per score and widens a product by 6 to 12 %; the check above takes one instruction for four packed weights. Measured: 4 to 5 %
 //!   at both head_dims. These are sums of rounded weights, as the outputs are: where sums leave the kernel (log-sum-exp) they are
@@ -27,7 +31,7 @@
 //! * A last round of CTAs that few tiles fill takes as long as a whole one: where all tiles of a layer are of one length (dense and
 //!   anchor heads) its tiles are computed in parts along the keys, and whichever CTA is last adds them up (`templates/hopper/parts`).
 //!   Lists of differing lengths are evened out by the scheduler.
-//! * Registers: 384 threads share 65,536. `setmaxnreg` leaves 56 to the loading warpgroup (at 24 and 32 its walk over the mask row
+//! * Registers at head_dim 128: 384 threads share 65,536. `setmaxnreg` leaves 56 to the loading warpgroup (at 24 and 32 its walk over the mask row
 //!   spills, at 40 that over a part of it) and gives 224 to the computing ones: outputs 68 + scores 64 + weights 32. A second set of
 //!   weights, to round them before the products are done, would spill.
 //! * Only the first pass, which is peeled, can end inside a block: each run of a mask row is walked from its last block down, and a ragged
@@ -47,29 +51,33 @@
 //!
 //! # Wide tiles
 //!
-//! Kernels for tiles of 192 rows at head_dim 64, off until they have run on a GPU (the feature `wide-tiles` of `calibc-ir`; tests compile
-//! them). An experiment whose masks had rows of 192 queries, too, made 549 TFLOP/s where tiles of 128 made 491 (40 x 32,760, density 0.25),
-//! and 575 to 584 where they made 522 to 526 (dense; FA3 537), hot.
+//! At head_dim 64 a tile has 192 rows. Outputs are half as large as at head_dim 128, so that a third warpgroup has room, and what is loaded
+//! serves half as many rows again. Masks have rows of 128, so a tile has strips of two query blocks, 2 : 1 or 1 : 2.
 //!
-//! * Outputs are half as large as at head_dim 128, so that a third warpgroup has room, and what is loaded serves half as many rows again.
-//!   Masks have rows of 128, so a tile has strips of two query blocks, 2 : 1 or 1 : 2. What either keeps is loaded, with a tag beside each
-//!   stage of keys that says who does; a warpgroup passes over the rest.
-//! * Passing over blocks: weights may wait for the next block their rows keep, with the stage of values they need, over one block, so that
-//!   they are still added up under other scores; at a second they are added up at once. So of all warpgroups the one furthest behind always
-//!   goes on: at block n it waits for keys n or values n at most, whose stages are empty once all have given back blocks n - 5; the others
-//!   are at n or later, and hold no stage of keys below n, nor of values below n - 2. (Were weights to wait for any number of blocks, the
-//!   ring of values would fill up and nothing would arrive.) Stages of values that are passed over are given back in order and once they
-//!   are full, so that an arrival never counts for the round before. A simulation of all barriers under random schedules, of two CTAs that
-//!   share blocks, found no deadlock in this, and no arrival in a wrong round; the text, run under an emulation of barriers, copies and
-//!   products, computes what it should.
-//! * The same simulation says of anchor rows, whose tiles do not wait for the warp that loads queries: were that warp not to run for
-//!   a whole tile, it could miss two rounds of `q_empty`. Warps are scheduled more often than that; waiting for it there, too, would rule it out.
-//! * Six stages of K and five of V (219 KB): warpgroups may be so many blocks apart, and they drift where they keep different ones. One
-//!   panel of ones serves all stages: the operand has two panels, and their distance is a field of its descriptor.
-//! * Registers: 32 for the loading warpgroup, 160 for the computing ones. So of a tile nothing but the count of blocks is kept over its
-//!   passes; the rest is read again from shared memory, and the work is given back at the end. The loading warps walk a mask row by
-//!   what is left of it and keep no addresses.
-//! * The pass that only computes scores is the first one, and each one after a break; it raises the maximum.
+//! * What either query block keeps is loaded, in an order that numbers describe: a ragged block, blocks that both keep, then blocks that one
+//!   keeps, one of the first and one of the second in turn, then the rest of the longer. A warpgroup passes over blocks not its own: it waits until they
+//!   are there and gives them back. Between two of its own there is at most one of them, over which its weights wait, so that they are still
+//!   added up under the next scores.
+//! * So the warpgroup furthest behind always goes on: at block n it waits for keys n, or for values n at most, whose stages are empty once all
+//!   have given back keys n - 6 and values n - 5; the others are at n or later, and hold no keys below n, nor values below n - 2. Values that are
+//!   passed over are given back once they are full, so that an arrival never counts for the round before.
+//! * Six stages of K and five of V (219 KB). One panel of ones serves all stages of V: the operand has two panels, and their distance is a
+//!   field of its descriptor.
+//! * Registers: 32 for the loading warpgroup, 160 for the computing ones. So of a tile little is kept over its passes; the rest is read again
+//!   from shared memory, and the work is given back at the end. The loading warps walk a mask row by what is left of it.
+//!
+//! Measured on an H200, 40 x 32,760, banded masks, TFLOP/s on kept blocks, both in one run:
+//!
+//! | density | 192 rows | 128 rows |
+//! |---|---|---|
+//! | 1 | 578 | 530 |
+//! | 0.5 | 560 | 528 |
+//! | 0.25 | 535 | 530 |
+//! | 0.1 | 493 | 512 |
+//!
+//! Masks whose own rows were of 192 queries made 549 where tiles of 128 made 491 (density 0.25): the rest is the price of masks of 128. Tried and
+//! left out: a tag beside each stage of keys that says who keeps it, in place of the order (even on banded masks, 7 % slower on random ones);
+//! loading for both CTAs of a cluster (dense 500 instead of 563 TFLOP/s; with four stages of each 538).
 
 use calibc_ir::{BLOCK, DType, Family, Variant, abi};
 use serde::Serialize;
@@ -111,12 +119,11 @@ struct Shape {
 }
 
 impl Shape {
-    const fn of(tile_rows: u32, head_dim: u32) -> Self {
+    const fn of(tile_rows: u32) -> Self {
         if tile_rows > BLOCK {
-            Self { computing: "three", registers: (32, 160), stages: (6, 5), barrier_bytes: 2560 }
+            Self { computing: "three", registers: (32, 160), stages: (6, 5), barrier_bytes: 1536 }
         } else {
-            let stages = if head_dim == 64 { (4, 4) } else { (3, 2) };
-            Self { computing: "two", registers: (56, 224), stages, barrier_bytes: 1280 }
+            Self { computing: "two", registers: (56, 224), stages: (3, 2), barrier_bytes: 1280 }
         }
     }
 }
@@ -151,43 +158,40 @@ struct KernelCx {
 }
 
 /// The parts of a variant's source, in order.
-fn parts(variant: &Variant, tile_rows: u32) -> Vec<Part> {
+fn parts(variant: &Variant) -> Vec<Part> {
     let (rows, queries) = if variant.anchors {
         (part!("common", "rows_anchors"), part!("hopper", "queries_gathered"))
     } else {
         (part!("common", "rows_direct"), part!("hopper", "queries_direct"))
     };
-    let (work, compute): (&[Part], Part) = if tile_rows > BLOCK {
-        (&[part!("hopper", "work_rows"), part!("hopper", "load_rows")], part!("hopper", "compute_rows"))
+    let (work, compute) = if abi::tile_rows(variant.head_dim) > BLOCK {
+        (part!("hopper", "work_rows"), part!("hopper", "compute_rows"))
     } else {
-        (&[part!("hopper", "work_row")], part!("hopper", "compute_row"))
+        (part!("hopper", "work_row"), part!("hopper", "compute_row"))
     };
-    let mut parts = vec![
+    vec![
         part!("common", "contract"),
         part!("hopper", "prelude"),
         part!("hopper", "ptx"),
         rows,
         part!("hopper", "walk"),
-    ];
-    parts.extend(work);
-    parts.extend([
+        work,
         part!("hopper", "load_queries"),
         queries,
         part!("hopper", "softmax"),
         part!("hopper", "parts"),
         part!("hopper", "epilogue"),
+        part!("hopper", "passes"),
         compute,
         part!("hopper", "kernel"),
-    ]);
-    parts
+    ]
 }
 
-pub(crate) fn generate(variant: &Variant, tile_rows: u32) -> Result<KernelSource, CodegenError> {
-    let (family, parts) = (Family::Hopper, parts(variant, tile_rows));
+pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> {
+    let (family, parts, tile_rows) = (Family::Hopper, parts(variant), abi::tile_rows(variant.head_dim));
     let common = Common::new(variant, family, tile_rows, &parts);
     let tile_bytes = BLOCK * common.row_bytes;
-    let Shape { computing, registers, stages: (key_stages, value_stages), barrier_bytes } =
-        Shape::of(tile_rows, variant.head_dim);
+    let Shape { computing, registers, stages: (key_stages, value_stages), barrier_bytes } = Shape::of(tile_rows);
     let threads = WARPGROUP_THREADS * (1 + tile_rows / WARPGROUP_ROWS);
     let symbol = common.symbol.clone();
     let sum_columns = if variant.lse { 0 } else { SUM_COLUMNS };

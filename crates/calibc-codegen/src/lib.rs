@@ -199,20 +199,8 @@ pub fn generate(variant: &Variant, family: Family) -> Result<KernelSource, Codeg
     }
     match family {
         Family::Portable => portable::generate(variant),
-        Family::Hopper => hopper::generate(variant, abi::tile_rows(variant.head_dim)),
+        Family::Hopper => hopper::generate(variant),
     }
-}
-
-/// The Hopper kernel of `variant`, of head_dim 64, for wide tiles: what the feature `wide-tiles` makes of it, for tests without it.
-///
-/// # Errors
-/// As [`generate`].
-#[doc(hidden)]
-pub fn generate_wide(variant: &Variant) -> Result<KernelSource, CodegenError> {
-    if variant.head_dim != 64 {
-        return Err(CodegenError::HeadDim { found: variant.head_dim });
-    }
-    hopper::generate(variant, abi::WIDE_TILE_ROWS)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The portable kernel.
 //!
 //! `mma.sync` m16n8k16 with fp32 accumulators, `cp.async`, `ldmatrix`: everything sm_80 has, and every later GPU runs. One CTA
-//! computes one work item: 128 query rows of one head of one batch element against the kept blocks of their mask row.
+//! computes 128 query rows of one head of one batch element, a work item or a query block of one, against the kept blocks of their mask row.
 //!
 //! * Numbers: at head_dim 128 a pass over 32 keys does 128 * 32 * 128 * 4 = 2.1 MFLOP for 16 KB of K and V, so L2 has to
 //!   deliver 1 byte per 128 FLOP; matrix instructions bound it, then shared-memory reads by `ldmatrix`.

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! Tile `t` is rows `t * tile_rows` on, of the sequence or, of an anchor head, of the computed queries ([`tile_rows`]). That is a query block;
-//! with the feature `wide-tiles`, at head_dim 64, one and a half, so that tiles 2n and 2n + 1 are three query blocks, of which each has one of
-//! its own and half of the one between.
+//! at head_dim 64 one and a half, so that tiles 2n and 2n + 1 are three query blocks, of which each has one of its own and half of the one
+//! between.
 //!
 //! A step at or past `num_steps` writes nothing. Every CTA reads the list's count itself: the launch only knows a bound where the
 //! step is in device memory. `bound` is the count of a step known on the host, else that of the layer's longest list over all steps.
@@ -37,7 +37,7 @@
 //!
 //! Persistent: CTA c computes work c, c + grid, ... below count * batch; work w is item w % count of batch element w / count. The
 //! runtime keeps bound * batch below 2^31. Works 2n and 2n + 1 are those of a cluster: where they are tiles of one head, the blocks that
-//! both keep are loaded once for both.
+//! both keep may be loaded once for both.
 //!
 //! A list whose count carries [`SPLIT_TAIL`] has tiles of one length, and its last round of CTAs may be far from full. The tiles of
 //! that round are then computed in parts, each by a CTA of its own over a share of the keys: the kernel chooses their number so that
@@ -61,7 +61,7 @@
 use crate::BLOCK;
 
 /// Version of everything on this page.
-pub const ABI_VERSION: u32 = if WIDE_TILES { 5 } else { 4 };
+pub const ABI_VERSION: u32 = 5;
 
 /// `ops` word of a dense head.
 pub const OP_DENSE: u32 = u32::MAX;
@@ -78,15 +78,9 @@ pub const MAX_PARTS: u32 = 32;
 /// Parts that are computed at most, per CTA of the launch.
 pub const SLOTS_PER_CTA: u32 = 2;
 
-/// Whether head_dim 64 has wide tiles.
-const WIDE_TILES: bool = cfg!(feature = "wide-tiles");
-
-/// Query rows of a wide tile: a Hopper CTA at head_dim 64 has room for a third warpgroup that reads what is loaded once.
-pub const WIDE_TILE_ROWS: u32 = BLOCK / 2 * 3;
-
-/// Query rows of a tile.
+/// Query rows of a tile. A Hopper CTA at head_dim 64 has room for a third warpgroup that reads what is loaded once.
 pub const fn tile_rows(head_dim: u32) -> u32 {
-    if WIDE_TILES && head_dim <= 64 { WIDE_TILE_ROWS } else { BLOCK }
+    if head_dim <= 64 { BLOCK / 2 * 3 } else { BLOCK }
 }
 
 /// Query blocks that begin in a tile, at most: CTAs that portable kernels take for one.
@@ -216,7 +210,7 @@ pub const fn tensor_map_tokens(head_dim: u32) -> u32 {
 pub const STEP_TABLE: &[&str] = &["lists", "items", "ops", "masks"];
 
 /// The layout in one line, as a bundle stores it:
-/// `abi 4; q:ptr@0 k:ptr@8 ...; 256 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, clusters of 2`.
+/// `abi 5; q:ptr@0 k:ptr@8 ...; 256 bytes; lists items ops masks; hopper q_map k_map v_map of 128 bytes, clusters of 2`.
 pub fn describe() -> String {
     let mut at = 0;
     let mut line = format!("abi {ABI_VERSION};");
@@ -236,7 +230,7 @@ mod tests {
     #[test]
     fn the_description_names_every_field_and_both_families() {
         let line = describe();
-        assert!(line.starts_with("abi 4; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
+        assert!(line.starts_with("abi 5; q:ptr@0 k:ptr@8 v:ptr@16 out:ptr@24 "), "{line}");
         assert!(line.contains(" num_heads:u32@220 batch:u32@224 q_len:u32@228 "), "{line}");
         assert!(
             line.contains(" scale_log2:f32@248; 256 bytes; lists items ops masks; hopper q_map k_map v_map "),

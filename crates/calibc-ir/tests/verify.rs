@@ -5,10 +5,10 @@ use calibc_ir::{Plan, text};
 
 // 16x36 video tokens and 20 text tokens: blocks 0..4 video, block 4 both; 2 anchor rows compute 72 + 84 queries: 2 tiles.
 const GOOD: &str = "\
-plan toy  q_block=128 kv_block=128 head_dim=64 layers=1 heads=3
+plan toy  q_block=128 kv_block=128 head_dim=128 layers=1 heads=3
 grid 1x16x36 text_tokens=20 text_position=after
 sigmas 1 0.5
-variants calibc_attn_bf16_hd64_anchors_ragged calibc_attn_bf16_hd64_lse_anchors_ragged
+variants calibc_attn_bf16_hd128_anchors_ragged calibc_attn_bf16_hd128_lse_anchors_ragged
 m0 = 5x5 { q0-3: 0,4; q4: 0-4 }
 m1 = 5x5 { q0-3: 1-4; q4: 0-4 }
 s0.l0.h0: block_sparse m0
@@ -35,7 +35,7 @@ fn every_check_fires_alone() {
     #[rustfmt::skip]
     let cases: &[(&str, &str, &[&str])] = &[
         ("1x16x36", "0x16x36", &["geometry: frames is 0; every dimension of the token grid must be at least 1"]),
-        ("head_dim=64", "head_dim=96", &["head dimension 96 is not one of [64, 128]"]),
+        ("head_dim=128", "head_dim=96", &["head dimension 96 is not one of [64, 128]"]),
         ("sigmas 1", "sigmas inf", &["s0: sigma inf is not finite"]),
         ("s0.l0.h0: block_sparse m0", "s0.l0.h0: block_sparse m7", &[
             "s0.l0.h0: m7 is not in the table of 2 masks",
@@ -62,10 +62,10 @@ fn every_check_fires_alone() {
             "s1.l0.h0: 3 anchor rows where the plan uses 2",
             "s1.l0: w1 holds tile 4 of h0, which has 2 tiles",
         ]),
-        ("bf16_hd64_anchors_ragged", "bf16_hd128_anchors_ragged", &["calibc_attn_bf16_hd128_anchors_ragged: head_dim should be 64"]),
-        ("bf16_hd64_anchors_ragged", "bf16_hd64_ragged", &["calibc_attn_bf16_hd64_ragged: anchors should be 1"]),
-        ("bf16_hd64_anchors_ragged", "bf16_hd64_anchors", &["calibc_attn_bf16_hd64_anchors: ragged should be 1"]),
-        ("bf16_hd64_anchors_ragged", "bf16_hd64_lse_anchors_ragged", &["calibc_attn_bf16_hd64_lse_anchors_ragged is listed twice"]),
+        ("bf16_hd128_anchors_ragged", "bf16_hd64_anchors_ragged", &["calibc_attn_bf16_hd64_anchors_ragged: head_dim should be 128"]),
+        ("bf16_hd128_anchors_ragged", "bf16_hd128_ragged", &["calibc_attn_bf16_hd128_ragged: anchors should be 1"]),
+        ("bf16_hd128_anchors_ragged", "bf16_hd128_anchors", &["calibc_attn_bf16_hd128_anchors: ragged should be 1"]),
+        ("bf16_hd128_anchors_ragged", "bf16_hd128_lse_anchors_ragged", &["calibc_attn_bf16_hd128_lse_anchors_ragged is listed twice"]),
         ("s1.l0: w1", "s1.l0: w2", &["s1.l0: w2 is not one of 2 work lists", "w1 is used by no step"]),
         ("w1 = { h2: 0-4;", "w1 = { h3: 0-4;", &["s1.l0: w1 holds tile 0 of h3, which has 0 tiles"]),
         ("w1 = { h2: 0-4;", "w1 = { h2: 0-5;", &["s1.l0: w1 holds tile 5 of h2, which has 5 tiles"]),
@@ -116,6 +116,22 @@ fn plans_no_text_can_spell_are_refused_too() {
         schedule(|s| s.list_of.truncate(1)),
         ["schedule: 1 list ids for 2 (step, layer) pairs", "w1 is used by no step"]
     );
+}
+
+/// At head_dim 64 two tiles are three query blocks: 5 blocks and 2 of anchor rows are 4 tiles and 1, of 596 and 156 rows.
+#[test]
+fn tiles_at_head_dim_64_are_a_block_and_a_half() {
+    let narrow = GOOD.replace("head_dim=128", "head_dim=64").replace("hd128", "hd64");
+    let good = narrow
+        .replace("0-4; h1", "0-3; h1")
+        .replace("h1: 0-4", "h1: 0-3")
+        .replace("h2: 0-1", "h2: 0")
+        .replace("h2: 0-4", "h2: 0-3");
+    let good = good.replace("h0: 4-0", "h0: 3-0");
+    assert_eq!(errors(&good, Stage::Protected), [""; 0]);
+    assert_eq!(errors(&narrow, Stage::Protected)[0], "s0.l0: w0 holds tile 4 of h0, which has 4 tiles");
+    let missing = good.replace("h1: 0-3; h2: 0 ", "h1: 0-2; h2: 0 ");
+    assert_eq!(errors(&missing, Stage::Protected), ["s0.l0: w0 lacks 1 tiles, the first is tile 3 of h1"]);
 }
 
 #[test]

@@ -507,10 +507,10 @@ mod tests {
     fn the_grid_is_the_list_of_a_known_step_or_the_longest_of_an_unknown_one() {
         let mut setup = Setup::new(TextPosition::None);
         setup.step = StepArg::Host(1);
-        assert_eq!(setup.run().unwrap().grid(Family::Portable, 132), [2, 2, 1]);
+        assert_eq!(setup.run().unwrap().grid(Family::Portable, 132), [4, 2, 1]);
         setup.step = StepArg::Device(PTR + 4);
         let args = setup.run().unwrap();
-        assert_eq!((args.grid(Family::Portable, 132), args.params.step_ptr), ([4, 2, 1], PTR + 4));
+        assert_eq!((args.grid(Family::Portable, 132), args.params.step_ptr), ([8, 2, 1], PTR + 4));
     }
 
     #[test]

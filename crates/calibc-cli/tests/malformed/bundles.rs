@@ -61,8 +61,8 @@ pub(crate) const CASES: &[Case] = &[
     // Another release's.
     case("version", BAD, &["in/bundle", "format 1", "format 2"], |f| parts(f, |p| p.version = 1)),
     case("version", BAD, &["in/bundle", "format 4294967295"], |f| parts(f, |p| p.version = u32::MAX)),
-    case("abi", BAD, &["in/bundle", "abi 7;", "abi 4;"], |f| {
-        parts(f, |p| p.edit("\"abi\":\"abi 4;", "\"abi\":\"abi 7;"))
+    case("abi", BAD, &["in/bundle", "abi 7;", "abi 5;"], |f| {
+        parts(f, |p| p.edit("\"abi\":\"abi 5;", "\"abi\":\"abi 7;"))
     }),
     // Manifests that lie.
     case("manifest", BAD, &["manifest: ", "unknown field"], |f| parts(f, |p| p.edit("\"geometry\":", "\"geometri\":"))),

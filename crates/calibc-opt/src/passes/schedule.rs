@@ -7,9 +7,9 @@
 //! one does, tiles run head by head in the order of the sequence: reading keys together then saves more than a short tail
 //! (measured on an H200 at 75,600 tokens: 3 to 4 % over the curve, 2 to 4 % over longest-first).
 //!
-//! A tile is a query block, or a block and a half where tiles are wide ([`abi::tile_rows`]): it costs what its rows cost on average.
+//! A tile is a query block, or a block and a half at head_dim 64 ([`abi::tile_rows`]): it costs what its rows cost on average.
 //!
-//! Tiles come in pairs, which run side by side: on the two CTAs of a cluster, where what both keep is loaded once. A pair is two tiles of a
+//! Tiles come in pairs, which run side by side: on the two CTAs of a cluster, where at head_dim 128 what both keep is loaded once. A pair is two tiles of a
 //! head that follow each other in the sequence: such neighbours keep much the same, and about as much. Pairs are what is put in the order
 //! above: as long as the longer tile, in the place of the first. Where a head has an odd number of tiles, the last one waits for that of
 //! another head.
@@ -441,7 +441,7 @@ mod tests {
 
     #[test]
     fn a_tile_costs_what_its_rows_cost_on_average() {
-        let costs = |kept: &[u32], rows| tile_costs(kept, rows, abi::WIDE_TILE_ROWS);
+        let costs = |kept: &[u32], rows| tile_costs(kept, rows, abi::tile_rows(64));
         // Two thirds of the first block and one of the second, then the other way round.
         assert_eq!(costs(&[30, 60, 3], 384), [40, 22]);
         // Rounded up: a tile that keeps anything costs something.
