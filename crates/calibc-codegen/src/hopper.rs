@@ -61,7 +61,7 @@
 //! * So the warpgroup furthest behind always goes on: at block n it waits for keys n, or for values n at most, whose stages are empty once all
 //!   have given back keys n - 6 and values n - 5; the others are at n or later, and hold no keys below n, nor values below n - 2. Values that are
 //!   passed over are given back once they are full, so that an arrival never counts for the round before.
-//! * Six stages of K and five of V (219 KB). One panel of ones serves all stages of V: the operand has two panels, and their distance is a
+//! * Six stages of K and five of V (218 KB). One panel of ones serves all stages of V: the operand has two panels, and their distance is a
 //!   field of its descriptor.
 //! * Registers: 32 for the loading warpgroup, 160 for the computing ones. So of a tile little is kept over its passes; the rest is read again
 //!   from shared memory, and the work is given back at the end. The loading warps walk a mask row by what is left of it.
@@ -75,7 +75,7 @@
 //! | 0.25 | 535 | 530 |
 //! | 0.1 | 493 | 512 |
 //!
-//! Masks whose own rows were of 192 queries made 549 where tiles of 128 made 491 (density 0.25): the rest is the price of masks of 128. Tried and
+//! In an earlier run masks whose own rows were of 192 queries made 549 where tiles of 128 made 491 (density 0.25): the rest is the price of masks of 128. Tried and
 //! left out: a tag beside each stage of keys that says who keeps it, in place of the order (even on banded masks, 7 % slower on random ones);
 //! loading for both CTAs of a cluster (dense 500 instead of 563 TFLOP/s; with four stages of each 538).
 
