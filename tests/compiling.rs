@@ -15,13 +15,14 @@ pub(crate) struct Work {
 }
 
 /// What compilers have against kernels: errors, warnings, spills. The first NVRTC compiles all of them; other versions, which see
-/// other things, those that `also` picks. Says on stderr which versions there were. What the compile cache has from an earlier
+/// other things, those that `also` picks, for architectures they know. Says on stderr which versions there were. What the compile cache has from an earlier
 /// run is not compiled again, where `CALIBC_CACHE_DIR` names one.
 pub(crate) fn complaints(work: &[Work], also: impl Fn(&Work) -> bool) -> Vec<String> {
     let compilers = testing::every_nvrtc();
     let mut pairs: Vec<(&Nvrtc, &Work)> = Vec::new();
     for (number, nvrtc) in compilers.iter().enumerate() {
-        pairs.extend(work.iter().filter(|work| number == 0 || also(work)).map(|work| (nvrtc, work)));
+        let known = |work: &Work| nvrtc.supported_archs().contains(&number_of(&work.arch));
+        pairs.extend(work.iter().filter(|work| number == 0 || also(work) && known(work)).map(|work| (nvrtc, work)));
     }
     let cache = std::env::var_os("CALIBC_CACHE_DIR").map(|_| Cache::open(None).expect("a usable CALIBC_CACHE_DIR"));
     let cached = AtomicUsize::new(0);
@@ -38,6 +39,12 @@ pub(crate) fn complaints(work: &[Work], also: impl Fn(&Work) -> bool) -> Vec<Str
     // Past the test harness, which would swallow it.
     let _ = std::io::stderr().write_all(line.as_bytes());
     complaints
+}
+
+/// 90 of `sm_90a`.
+fn number_of(arch: &str) -> u32 {
+    let digits = arch.trim_start_matches("sm_").trim_end_matches(|c: char| c.is_ascii_lowercase());
+    digits.parse().expect("an architecture")
 }
 
 fn complaint(nvrtc: &Nvrtc, work: &Work, cache: Option<&Cache>, cached: &AtomicUsize) -> Option<String> {

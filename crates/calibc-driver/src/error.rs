@@ -1,5 +1,7 @@
 //! Why a session ended without a bundle.
 
+use std::path::PathBuf;
+
 use calibc_bundle::BundleError;
 use calibc_codegen::CodegenError;
 use calibc_nvrtc::NvrtcError;
@@ -7,6 +9,7 @@ use calibc_opt::{OptError, PASSES};
 use calibc_trace::TraceError;
 use thiserror::Error;
 
+use crate::kernels::OLDEST_NVRTC_FOR_HOPPER;
 use crate::masks::MaskFileError;
 use crate::resolve::{Difference, MAX_SITES};
 use crate::spec::SpecError;
@@ -86,6 +89,18 @@ pub enum DriverError {
     /// No machine code for a kernel.
     #[error(transparent)]
     Nvrtc(#[from] NvrtcError),
+    /// The NVRTC is too old for Hopper kernels.
+    #[error(
+        "Hopper kernels need NVRTC {}.{} or newer, and {} is {}.{}; install a newer one (`pip install -U nvidia-cuda-nvrtc`), or make \
+         portable kernels (`--portable`)",
+        OLDEST_NVRTC_FOR_HOPPER.0, OLDEST_NVRTC_FOR_HOPPER.1, path.display(), found.0, found.1
+    )]
+    OldNvrtc {
+        /// Its version.
+        found: (u32, u32),
+        /// Where it lies.
+        path: PathBuf,
+    },
     /// No bundle from the parts.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -120,7 +135,7 @@ impl DriverError {
             Self::Nvrtc(NvrtcError::Gate { .. } | NvrtcError::Compile(_) | NvrtcError::BadRequest { .. }) => {
                 Family::Internal
             }
-            Self::Nvrtc(_) => Family::Environment,
+            Self::Nvrtc(_) | Self::OldNvrtc { .. } => Family::Environment,
             Self::Bundle(BundleError::Io { .. }) => Family::Io,
             Self::Bundle(BundleError::NotForThisGpu { .. } | BundleError::NoSuchVariant { .. }) => Family::Environment,
             Self::Bundle(BundleError::Unwritable { .. }) => Family::Internal,

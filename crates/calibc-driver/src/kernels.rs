@@ -1,6 +1,7 @@
 //! From variants to machine code: generate each variant's source in the families that the architectures want, compile each for the
 //! architectures it serves, keep the order.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,22 @@ pub fn sources(variants: &[Variant], targets: &[KernelTarget]) -> Result<Vec<Ker
     pairs.map(|(variant, family)| Ok(calibc_codegen::generate(variant, family)?)).collect()
 }
 
+/// The oldest NVRTC whose ptxas makes whole Hopper kernels: those of 12.4 spill registers, those of 12.5 serialise products.
+pub const OLDEST_NVRTC_FOR_HOPPER: (u32, u32) = (12, 6);
+
+/// Whether NVRTC `version`, which lies at `path`, is new enough for kernels of `family`.
+///
+/// # Errors
+/// [`DriverError::OldNvrtc`].
+pub fn check_nvrtc(family: Family, version: (u32, u32), path: &Path) -> Result<(), DriverError> {
+    match family {
+        Family::Hopper if version < OLDEST_NVRTC_FOR_HOPPER => {
+            Err(DriverError::OldNvrtc { found: version, path: path.to_owned() })
+        }
+        Family::Hopper | Family::Portable => Ok(()),
+    }
+}
+
 /// One compiled kernel, and what it took.
 #[derive(Clone, Debug)]
 pub struct Built {
@@ -60,7 +77,8 @@ pub struct Built {
 /// Compiles every source for the targets of its family, in parallel; the result is ordered by variant, family and architecture.
 ///
 /// # Errors
-/// The first [`DriverError::Nvrtc`] in that order, or [`DriverError::Cancelled`].
+/// [`DriverError::OldNvrtc`] before anything is compiled, then the first [`DriverError::Nvrtc`] in that order, or
+/// [`DriverError::Cancelled`].
 pub fn build(
     sources: &[KernelSource],
     targets: &[KernelTarget],
@@ -68,6 +86,7 @@ pub fn build(
     cache: Option<&Cache>,
     observer: &dyn Observer,
 ) -> Result<Vec<Built>, DriverError> {
+    sources.iter().try_for_each(|source| check_nvrtc(source.family, nvrtc.version(), nvrtc.path()))?;
     let served = |source: &KernelSource, target: &KernelTarget| source.family == target.family;
     let mut jobs: Vec<(&KernelSource, Arch)> = sources
         .iter()
@@ -117,4 +136,24 @@ pub fn build(
         })
         .collect();
     built.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hopper_kernels_want_a_newer_nvrtc_than_portable_ones() {
+        let check = |family, version| check_nvrtc(family, version, Path::new("/opt/libnvrtc.so.12"));
+        for version in [(12, 6), (12, 9), (13, 0)] {
+            check(Family::Hopper, version).unwrap();
+        }
+        check(Family::Portable, (12, 4)).unwrap();
+        let error = check(Family::Hopper, (12, 5)).unwrap_err();
+        assert_eq!(error.family(), crate::error::Family::Environment);
+        let text = error.to_string();
+        for word in ["12.6", "12.5", "/opt/libnvrtc.so.12", "nvidia-cuda-nvrtc", "--portable"] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    }
 }

@@ -62,7 +62,10 @@ fn provisioned() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     for folder in beside_the_executable("nvrtc") {
         let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
-        found.extend(entries.map(|entry| entry.path().join("nvidia/cu13/lib")).filter(|path| path.is_dir()));
+        // Wheels of CUDA 13, of CUDA 12.
+        let folders =
+            entries.flat_map(|entry| ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"].map(|lib| entry.path().join(lib)));
+        found.extend(folders.filter(|path| path.is_dir()));
     }
     found.sort();
     found

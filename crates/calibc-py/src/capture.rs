@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use calibc_cli::{Exit, Failure};
 use calibc_codegen::{CaptureVariant, Statistic, generate_capture};
+use calibc_driver::DriverError;
+use calibc_driver::kernels::check_nvrtc;
 use calibc_ir::capture::ROWS_PER_BLOCK;
 use calibc_ir::{AnchorTable, Arch, BLOCK, DType, Family, Geometry, Layout, MAX_TOKENS, TextPosition};
-use calibc_nvrtc::{Cache, Nvrtc, NvrtcError, Request};
+use calibc_nvrtc::{Cache, Nvrtc, Request};
 use calibc_runtime::cuda::{CaptureKernel as Loaded, Device};
 use calibc_runtime::reference::capture::block_statistics;
 use calibc_runtime::{CaptureCall, CaptureCode, DeviceLse, DeviceTensor, HostData, HostTensor, Operand, RuntimeError};
@@ -251,8 +253,9 @@ impl CaptureKernel {
         let variant = CaptureVariant { dtype: dtype_of(py, dtype)?, head_dim, statistic };
         let (arch, family) = target(py, device, portable)?;
         let source = generate_capture(&variant, family).map_err(|error| bad_input(py, error.to_string()))?;
-        let compiled = py.detach(|| -> Result<_, NvrtcError> {
+        let compiled = py.detach(|| -> Result<_, DriverError> {
             let nvrtc = Nvrtc::find(nvrtc.as_deref())?;
+            check_nvrtc(family, nvrtc.version(), nvrtc.path())?;
             let cache = Cache::open(cache_dir.as_deref())?;
             let request = Request { source: &source.text, symbol: &source.symbol, arch: &arch.to_string() };
             Ok(cache.compile(&nvrtc, &request, calibc_driver::VERSION)?.0)

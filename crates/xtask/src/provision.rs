@@ -20,9 +20,13 @@ const REQUIREMENTS: [&str; 2] = ["nvidia-cuda-nvrtc>=13,<14", "numpy>=1.24"];
 /// What building and testing the Python package needs beside that. Versions move on when somebody moves them.
 const PACKAGE_REQUIREMENTS: [&str; 5] =
     ["maturin>=1.9.4,<2", "torch==2.15.*", "diffusers==0.42.*", "accelerate==1.15.*", "transformers==5.23.*"];
-/// Another NVRTC, which generated kernels must compile with too: that of PyTorch's builds for CUDA 13.0, from a time when ptxas said
-/// other things of asynchronous products.
-const OTHER_NVRTC: &str = "nvidia-cuda-nvrtc==13.0.88";
+/// Other NVRTCs, which generated kernels must compile with too, and where in its folder each has its library: that of PyTorch's builds
+/// for CUDA 13.0, from a time when ptxas said other things of asynchronous products, and the oldest that makes Hopper kernels
+/// (`calibc_driver::kernels::OLDEST_NVRTC_FOR_HOPPER`).
+const OTHER_NVRTCS: [(&str, &str); 2] = [
+    ("nvidia-cuda-nvrtc==13.0.88", "nvidia/cu13/lib/libnvrtc.so.13"),
+    ("nvidia-cuda-nvrtc-cu12==12.6.85", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
+];
 /// Raise when the layout of the environment changes.
 const LAYOUT: u32 = 1;
 /// The oldest Python 3 with wheels of all this.
@@ -38,8 +42,8 @@ pub(crate) struct Environment {
     packages: Option<PathBuf>,
     /// The folder of libnvrtc, or what `CALIBC_NVRTC` said.
     pub(crate) nvrtc: PathBuf,
-    /// The folder of another version, where it was asked for.
-    other_nvrtc: Option<PathBuf>,
+    /// The folders of other versions, where they were asked for.
+    other_nvrtcs: Vec<PathBuf>,
     cache: PathBuf,
     folder: PathBuf,
 }
@@ -53,8 +57,11 @@ impl Environment {
             .env("CALIBC_REQUIRE_NVRTC", "1")
             .env("CALIBC_CACHE_DIR", &self.cache)
             .env("INSTA_UPDATE", "no");
-        if let Some(other) = &self.other_nvrtc {
-            command.env("CALIBC_TEST_NVRTC", other);
+        if !self.other_nvrtcs.is_empty() {
+            // A path with a colon in it cannot be joined; the tests find them under the target folder then, too.
+            if let Ok(paths) = env::join_paths(&self.other_nvrtcs) {
+                command.env("CALIBC_TEST_NVRTC", paths);
+            }
         }
         if let Some(packages) = &self.packages {
             let old = env::var_os("PYTHONPATH").unwrap_or_default();
@@ -100,9 +107,8 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
     let environment = provision_package(workspace)?;
     println!("CALIBC_PYTHON={}", environment.python.display());
     println!("CALIBC_NVRTC={}", environment.nvrtc.display());
-    if let Some(other) = provision_other_nvrtc(workspace, environment)?.other_nvrtc {
-        println!("CALIBC_TEST_NVRTC={}", other.display());
-    }
+    let others = env::join_paths(&provision_other_nvrtcs(workspace, environment)?.other_nvrtcs)?;
+    println!("CALIBC_TEST_NVRTC={}", others.display());
     Ok(true)
 }
 
@@ -164,26 +170,30 @@ pub(crate) fn provision_package(workspace: &Workspace) -> Result<Environment> {
     Ok(environment)
 }
 
-/// The environment with the other NVRTC, in a folder of its own.
-pub(crate) fn provision_other_nvrtc(workspace: &Workspace, environment: Environment) -> Result<Environment> {
+/// The environment with the other NVRTCs, each in a folder of its own.
+pub(crate) fn provision_other_nvrtcs(workspace: &Workspace, environment: Environment) -> Result<Environment> {
     let _lock = lock(workspace)?;
-    let (_, version) = OTHER_NVRTC.split_once("==").context("the other NVRTC has no version")?;
-    let folder = workspace.target.join("nvrtc").join(version);
-    let library = folder.join("nvidia/cu13/lib");
-    let stamp_path = folder.join("calibc.stamp");
-    if !(fs::read_to_string(&stamp_path).is_ok_and(|found| found == OTHER_NVRTC) && library.is_dir()) {
-        eprintln!("setting up {} ({OTHER_NVRTC})", workspace.show(&folder));
+    let all = workspace.target.join("nvrtc");
+    let stamp_path = all.join("calibc.stamp");
+    let stamp = OTHER_NVRTCS.map(|(package, _)| package).join("\n");
+    let libraries = OTHER_NVRTCS.map(|(package, library)| all.join(package).join(library));
+    if !(fs::read_to_string(&stamp_path).is_ok_and(|found| found == stamp)
+        && libraries.iter().all(|path| path.is_file()))
+    {
+        eprintln!("setting up {} ({})", workspace.show(&all), OTHER_NVRTCS.map(|(package, _)| package).join(", "));
         // Other versions go with their folder: tests would find them.
-        let all = workspace.target.join("nvrtc");
         if all.exists() {
             fs::remove_dir_all(&all).with_context(|| format!("cannot remove {}", all.display()))?;
         }
-        let mut pip = pip_install(&environment.python);
-        install(pip.args(["--no-deps", "--only-binary=:all:", "--target"]).arg(&folder).arg(OTHER_NVRTC))?;
-        ensure!(library.join("libnvrtc.so.13").is_file(), "no libnvrtc.so.13 in {}", library.display());
-        fs::write(&stamp_path, OTHER_NVRTC).with_context(|| format!("cannot write {}", stamp_path.display()))?;
+        for ((package, _), library) in OTHER_NVRTCS.iter().zip(&libraries) {
+            let mut pip = pip_install(&environment.python);
+            install(pip.args(["--no-deps", "--only-binary=:all:", "--target"]).arg(all.join(package)).arg(package))?;
+            ensure!(library.is_file(), "{package} has no {}", library.display());
+        }
+        fs::write(&stamp_path, stamp).with_context(|| format!("cannot write {}", stamp_path.display()))?;
     }
-    Ok(Environment { other_nvrtc: Some(library), ..environment })
+    let folders = libraries.iter().filter_map(|path| path.parent()).map(Path::to_path_buf).collect();
+    Ok(Environment { other_nvrtcs: folders, ..environment })
 }
 
 /// Held by whoever changes the environment.
@@ -293,7 +303,7 @@ fn open(workspace: &Workspace, folder: &Path, base: &Base) -> Result<Environment
     let named = named.map(|path| std::path::absolute(&path).unwrap_or_else(|_| path.into()));
     let nvrtc = named.unwrap_or(fetched);
     let cache = workspace.target.join("calibc-cache");
-    Ok(Environment { python, packages, nvrtc, other_nvrtc: None, cache, folder: folder.to_owned() })
+    Ok(Environment { python, packages, nvrtc, other_nvrtcs: Vec::new(), cache, folder: folder.to_owned() })
 }
 
 pub(crate) fn venv_python(folder: &Path) -> PathBuf {

@@ -13,7 +13,7 @@ use anyhow::Result;
 use crate::{
     package,
     process::{Outcome, spelled, stream},
-    provision::{Environment, provision, provision_other_nvrtc, provision_package, venv_python},
+    provision::{Environment, provision, provision_other_nvrtcs, provision_package, venv_python},
     tally::{self, Tally},
     workspace::Workspace,
 };
@@ -39,7 +39,7 @@ struct Session<'a> {
 /// Runs everything; `false` when something failed. The last line says how many tests passed, failed and were skipped; a step
 /// that is no test counts as one when it fails.
 pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
-    let environment = provision_other_nvrtc(workspace, provision_package(workspace)?)?;
+    let environment = provision_other_nvrtcs(workspace, provision_package(workspace)?)?;
     let mut session = Session::start(workspace, environment);
     session.check("format", &mut workspace.cargo(&["fmt", "--all", "--check"]))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"];
@@ -53,7 +53,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<bool> {
 
 /// `cargo xtask check-kernels`: only the tests that compile generated CUDA.
 pub(crate) fn check_kernels(workspace: &Workspace) -> Result<bool> {
-    let mut session = Session::start(workspace, provision_other_nvrtc(workspace, provision(workspace)?)?);
+    let mut session = Session::start(workspace, provision_other_nvrtcs(workspace, provision(workspace)?)?);
     let tests = ["test", "--package", "calibc-tests", "--test", "kernels", "--test", "capture_kernels"];
     session.cargo_test("kernels", &tests)?;
     Ok(session.finish())
