@@ -1,5 +1,5 @@
 //! The Python environment under the target folder: NVRTC and NumPy, and for the tests of the Python package what its users have:
-//! PyTorch and diffusers, some gigabytes. Beside it another NVRTC, for kernels to be compiled with both.
+//! PyTorch and diffusers, some gigabytes. Beside it other NVRTCs, which kernels are compiled with, too.
 
 use std::{
     env,
