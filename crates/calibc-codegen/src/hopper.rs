@@ -112,8 +112,8 @@ struct Shape {
     computing: &'static str,
     /// Registers of a thread of the warpgroup that loads, and of one that computes.
     registers: (u32, u32),
-    /// Stages of queries, of keys and of values.
-    stages: [u32; 3],
+    /// Stages of keys and of values.
+    stages: (u32, u32),
     /// Shared memory for barriers and the work handed over.
     barrier_bytes: u32,
 }
@@ -121,9 +121,9 @@ struct Shape {
 impl Shape {
     const fn of(tile_rows: u32) -> Self {
         if tile_rows > BLOCK {
-            Self { computing: "three", registers: (32, 160), stages: [1, 6, 5], barrier_bytes: 1536 }
+            Self { computing: "three", registers: (32, 160), stages: (6, 5), barrier_bytes: 1536 }
         } else {
-            Self { computing: "two", registers: (56, 224), stages: [1, 3, 2], barrier_bytes: 1280 }
+            Self { computing: "two", registers: (56, 224), stages: (3, 2), barrier_bytes: 1280 }
         }
     }
 }
@@ -135,7 +135,6 @@ struct KernelCx {
     common: Common,
     computing: &'static str,
     threads: u32,
-    query_stages: u32,
     key_stages: u32,
     value_stages: u32,
     barrier_bytes: u32,
@@ -192,8 +191,7 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
     let (family, parts, tile_rows) = (Family::Hopper, parts(variant), abi::tile_rows(variant.head_dim));
     let common = Common::new(variant, family, tile_rows, &parts);
     let tile_bytes = BLOCK * common.row_bytes;
-    let Shape { computing, registers, stages: [query_stages, key_stages, value_stages], barrier_bytes } =
-        Shape::of(tile_rows);
+    let Shape { computing, registers, stages: (key_stages, value_stages), barrier_bytes } = Shape::of(tile_rows);
     let threads = WARPGROUP_THREADS * (1 + tile_rows / WARPGROUP_ROWS);
     let symbol = common.symbol.clone();
     let sum_columns = if variant.lse { 0 } else { SUM_COLUMNS };
@@ -206,7 +204,6 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         common,
         computing,
         threads,
-        query_stages,
         key_stages,
         value_stages,
         barrier_bytes,
@@ -229,7 +226,7 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
     };
     let text = spell(variant, family, &parts, &cx)?;
     let ones_bytes = if sum_columns > 0 { ones * BLOCK * PANEL_ROW_BYTES } else { 0 };
-    let query_bytes = query_stages * tile_rows * variant.head_dim * 2;
+    let query_bytes = tile_rows * variant.head_dim * 2;
     let shared_bytes = query_bytes + (key_stages + value_stages) * tile_bytes + ones_bytes + barrier_bytes;
     Ok(KernelSource { variant: *variant, family, symbol, text, threads, shared_bytes })
 }
