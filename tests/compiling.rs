@@ -14,14 +14,20 @@ pub(crate) struct Work {
     pub(crate) arch: String,
 }
 
+impl Work {
+    fn request(&self) -> Request<'_> {
+        Request { source: &self.source, symbol: &self.symbol, arch: &self.arch }
+    }
+}
+
 /// What compilers have against kernels: errors, warnings, spills. The first NVRTC compiles all of them; other versions, which see
-/// other things, those that `also` picks, for architectures they know. Says on stderr which versions there were. What the compile cache has from an earlier
-/// run is not compiled again, where `CALIBC_CACHE_DIR` names one.
+/// other things, those that `also` picks, for architectures they know. Says on stderr which versions there were. What the compile cache
+/// has from an earlier run is not compiled again, where `CALIBC_CACHE_DIR` names one.
 pub(crate) fn complaints(work: &[Work], also: impl Fn(&Work) -> bool) -> Vec<String> {
     let compilers = testing::every_nvrtc();
     let mut pairs: Vec<(&Nvrtc, &Work)> = Vec::new();
     for (number, nvrtc) in compilers.iter().enumerate() {
-        let known = |work: &Work| nvrtc.supported_archs().contains(&number_of(&work.arch));
+        let known = |work: &Work| nvrtc.supports(&work.request());
         pairs.extend(work.iter().filter(|work| number == 0 || also(work) && known(work)).map(|work| (nvrtc, work)));
     }
     let cache = std::env::var_os("CALIBC_CACHE_DIR").map(|_| Cache::open(None).expect("a usable CALIBC_CACHE_DIR"));
@@ -41,15 +47,9 @@ pub(crate) fn complaints(work: &[Work], also: impl Fn(&Work) -> bool) -> Vec<Str
     complaints
 }
 
-/// 90 of `sm_90a`.
-fn number_of(arch: &str) -> u32 {
-    let digits = arch.trim_start_matches("sm_").trim_end_matches(|c: char| c.is_ascii_lowercase());
-    digits.parse().expect("an architecture")
-}
-
 fn complaint(nvrtc: &Nvrtc, work: &Work, cache: Option<&Cache>, cached: &AtomicUsize) -> Option<String> {
-    let Work { symbol, source, arch } = work;
-    let request = Request { source, symbol, arch };
+    let Work { symbol, arch, .. } = work;
+    let request = work.request();
     let result = match cache {
         None => nvrtc.compile(&request).map(|compiled| (compiled, false)),
         Some(cache) => cache.compile(nvrtc, &request, env!("CARGO_PKG_VERSION")),

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use calibc_driver::kernels::OLDEST_NVRTC_FOR_HOPPER;
+use calibc_driver::kernels::check_nvrtc;
+use calibc_ir::Family;
 use calibc_nvrtc::{Cache, Nvrtc, Request};
 use calibc_runtime::cuda::Device;
 use serde_json::json;
@@ -46,7 +47,7 @@ pub(crate) fn doctor(console: &Console, args: &DoctorArgs) -> Result<Exit, Failu
             "nvrtc": match &nvrtc {
                 Ok(nvrtc) => json!({
                     "path": nvrtc.path(), "version": [nvrtc.version().0, nvrtc.version().1],
-                    "archs": nvrtc.supported_archs(), "hopper_kernels": nvrtc.version() >= OLDEST_NVRTC_FOR_HOPPER,
+                    "archs": nvrtc.supported_archs(), "hopper_kernels": check_nvrtc(Family::Hopper, nvrtc.version(), nvrtc.path()).is_ok(),
                 }),
                 Err(e) => json!({ "error": e.to_string() }),
             },
@@ -70,15 +71,9 @@ pub(crate) fn doctor(console: &Console, args: &DoctorArgs) -> Result<Exit, Failu
     text += &match &nvrtc {
         Ok(nvrtc) => {
             let (major, minor) = nvrtc.version();
-            let path = nvrtc.path().display();
-            let (oldest_major, oldest_minor) = OLDEST_NVRTC_FOR_HOPPER;
-            if nvrtc.version() < OLDEST_NVRTC_FOR_HOPPER {
-                format!(
-                    "old      NVRTC {major}.{minor} at {path}: portable kernels compile; Hopper kernels need \
-                     {oldest_major}.{oldest_minor} or newer (`pip install -U nvidia-cuda-nvrtc`)\n"
-                )
-            } else {
-                format!("ok       NVRTC {major}.{minor} at {path}\n")
+            match check_nvrtc(Family::Hopper, (major, minor), nvrtc.path()) {
+                Ok(()) => format!("ok       NVRTC {major}.{minor} at {}\n", nvrtc.path().display()),
+                Err(e) => format!("old      {e}\n"),
             }
         }
         Err(e) => format!("missing  {e}\n"),

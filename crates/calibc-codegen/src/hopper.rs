@@ -23,7 +23,7 @@
 //! * What all lanes of a warp have alike (numbers of blocks, the warpgroup's place) comes out of a reduction, so that the compiler knows: loops
 //!   are uniform, and positions, addresses and descriptors stay in uniform registers, where 16 (32 at head_dim 64) moves between the products
 //!   of a pass would put them. Maxima are kept times the scale, two multiplications and two registers less. Measured together: 2.4 to 2.9 % at
-//!   head_dim 128.
+//!   head_dim 128 (40 x 32,760, density 0.1 and 0.25).
 //! * Sums of weights are products, too: eight columns of ones follow the values, a panel of them in every stage. It saves an addition
 //!   per score and widens a product by 6 to 12 %; the check above takes one instruction for four packed weights. Measured: 4 to 5 %
 //!   at both head_dims. These are sums of rounded weights, as the outputs are: where sums leave the kernel (log-sum-exp) they are

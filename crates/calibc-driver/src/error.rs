@@ -91,7 +91,7 @@ pub enum DriverError {
     Nvrtc(#[from] NvrtcError),
     /// The NVRTC is too old for Hopper kernels.
     #[error(
-        "Hopper kernels need NVRTC {}.{} or newer, and {} is {}.{}; install a newer one (`pip install -U nvidia-cuda-nvrtc`), or make \
+        "Hopper kernels need NVRTC {}.{} (Update 2) or newer, and {} is {}.{}; install a newer one (`pip install -U nvidia-cuda-nvrtc-cu12`), or make \
          portable kernels (`--portable`)",
         OLDEST_NVRTC_FOR_HOPPER.0, OLDEST_NVRTC_FOR_HOPPER.1, path.display(), found.0, found.1
     )]

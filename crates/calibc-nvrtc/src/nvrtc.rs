@@ -171,6 +171,11 @@ impl Nvrtc {
         &self.archs
     }
 
+    /// Whether this NVRTC knows the architecture of `request`.
+    pub fn supports(&self, request: &Request<'_>) -> bool {
+        request.arch_number().is_some_and(|number| self.archs.contains(&number))
+    }
+
     /// Size of the library's file: tells apart releases that share a version number.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.file_bytes
@@ -188,7 +193,7 @@ impl Nvrtc {
 
     /// [`Nvrtc::compile`] with the folder for rejected sources.
     pub(crate) fn compile_saving(&self, request: &Request<'_>, rejected: &Path) -> Result<Compiled, NvrtcError> {
-        if !request.arch_number().is_some_and(|number| self.archs.contains(&number)) {
+        if !self.supports(request) {
             return Err(self.unsupported(request));
         }
         let options = request.options();

@@ -22,10 +22,10 @@ const PACKAGE_REQUIREMENTS: [&str; 5] =
     ["maturin>=1.9.4,<2", "torch==2.15.*", "diffusers==0.42.*", "accelerate==1.15.*", "transformers==5.23.*"];
 /// Other NVRTCs, which generated kernels must compile with too, and where in its folder each has its library: that of PyTorch's builds
 /// for CUDA 13.0, from a time when ptxas said other things of asynchronous products, and the oldest that makes Hopper kernels
-/// (`calibc_driver::kernels::OLDEST_NVRTC_FOR_HOPPER`).
+/// (`calibc_driver::kernels::check_nvrtc`).
 const OTHER_NVRTCS: [(&str, &str); 2] = [
     ("nvidia-cuda-nvrtc==13.0.88", "nvidia/cu13/lib/libnvrtc.so.13"),
-    ("nvidia-cuda-nvrtc-cu12==12.6.85", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
+    ("nvidia-cuda-nvrtc-cu12==12.6.68", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
 ];
 /// Raise when the layout of the environment changes.
 const LAYOUT: u32 = 1;
