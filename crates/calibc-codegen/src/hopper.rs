@@ -12,8 +12,9 @@
 //!   other blocks is free, so whoever got less to do since the last time does more of them before, and nobody waits for tiles of other
 //!   lengths. Measured: 5 % faster where all blocks are kept; even at density 0.25 of banded masks, where tiles have three quarters in
 //!   common: waiting for each other costs what the loads save. So they share from [`SHARE_FROM`] sixteenths on.
-//! * Overlap: the scores of a block and the weighted sum of the one before are issued together, and softmax runs under the latter;
-//!   while one warpgroup weighs, the other multiplies. Taking turns by named barriers brought nothing more (0 to 3 % slower).
+//! * Overlap: the scores of a block and the weighted sum of the one before are issued together; while one warpgroup weighs, others multiply.
+//!   Softmax begins when both products are done, so that weights go where the next sum reads them: under the sum they need other
+//!   registers, and 32 moves a pass. Measured: 0 to 1 % faster at head_dim 128; for 64 see "Wide tiles".
 //! * Weights are relative to the maximum of a row's first block, not of all blocks so far: each pass saves a maximum per score, the
 //!   shuffles and the rescaling. bfloat16 and single precision keep their relative precision at any scale, so that nothing is lost
 //!   while sums stay finite. A weight of [`weight_limit`] or more (scores 41 nats above that maximum, 9 in fp16), or NaN, is
@@ -32,8 +33,8 @@
 //!   anchor heads) its tiles are computed in parts along the keys, and whichever CTA is last adds them up (`templates/hopper/parts`).
 //!   Lists of differing lengths are evened out by the scheduler.
 //! * Registers at head_dim 128: 384 threads share 65,536. `setmaxnreg` leaves 56 to the loading warpgroup (at 24 and 32 its walk over the mask row
-//!   spills, at 40 that over a part of it) and gives 224 to the computing ones: outputs 68 + scores 64 + weights 32. A second set of
-//!   weights, to round them before the products are done, would spill.
+//!   spills, at 40 that over a part of it) and gives 224 to the computing ones: outputs 68 + scores 64 + weights 32. The look-up warp alone
+//!   walks the work list, and tells the others when there is no more: what they all knew of it would cost each of them registers.
 //! * Only the first pass, which is peeled, can end inside a block: each run of a mask row is walked from its last block down, and a ragged
 //!   block is never shared, so that it comes first.
 //! * Outputs go from registers to global memory, transposed within quads to 16-byte stores: no shared memory, so the next tile's
@@ -45,8 +46,10 @@
 //!   even.
 //! * Tried and left out: the tiles of a CTA as one stream of blocks, whose first scores hide the last tile's end (10 to 15 % slower:
 //!   its branches keep softmax from running under the products); queries in registers (even); scores of two blocks in flight at
-//!   head_dim 64 (even, and so is any order of products and exponentials there: turns, a head start for one warpgroup, exponentials forced
-//!   under the weighted sum); part of the exponentials by a polynomial (0 to 4 % slower: power again); four computing warpgroups with
+//!   head_dim 64 (even, and with two warpgroups so is any order of products and exponentials there: turns, a head start for one
+//!   warpgroup, exponentials forced under the weighted sum); at head_dim 128 exponentials forced under the sum (0 to 1 % faster, or dense 5 %
+//!   slower where values are then waited for early) and turns (even); part of the exponentials by a polynomial (0 to 4 % slower: power
+//!   again); sums added up in single precision where products can (0 to 3 % slower); four computing warpgroups with
 //!   passes of 64 keys at head_dim 64 (7 % slower: registers allow no more, and each pass has a fixed price in power).
 //!
 //! # Wide tiles
@@ -55,29 +58,40 @@
 //! serves half as many rows again. Masks have rows of 128, so a tile has strips of two query blocks, 2 : 1 or 1 : 2.
 //!
 //! * What either query block keeps is loaded, in an order that numbers describe: a ragged block, blocks that both keep, then blocks that one
-//!   keeps, one of the first and one of the second in turn, then the rest of the longer. A warpgroup passes over blocks not its own: it waits until they
-//!   are there and gives them back. Between two of its own there is at most one of them, over which its weights wait, so that they are still
-//!   added up under the next scores.
-//! * So the warpgroup furthest behind always goes on: at block n it waits for keys n, or for values n at most, whose stages are empty once all
-//!   have given back keys n - 6 and values n - 5; the others are at n or later, and hold no keys below n, nor values below n - 2. Values that are
-//!   passed over are given back once they are full, so that an arrival never counts for the round before.
-//! * Six stages of K and five of V (218 KB). One panel of ones serves all stages of V: the operand has two panels, and their distance is a
-//!   field of its descriptor.
+//!   keeps, one of the first and one of the second in turn, then the rest of the longer. A warpgroup passes over blocks not its own, and gives
+//!   them back once they are there: it waits for every round of every stage, as else a later one could be taken for it. Between two of its
+//!   own there is at most one of them, which is waited for under the products of the second.
+//! * The warpgroups take turns: each issues its products when those before it have issued theirs. All have the same number of turns: at blocks
+//!   that both query blocks keep, and at as many that one keeps as both have. So no two wait for the tensor cores while all weigh.
+//! * Nobody waits for ever. A turn comes from somebody at an earlier block or at the same; so whoever is furthest behind waits, at block n, for
+//!   keys n + 1 and values n at most. Their stages are empty once all have given back keys n - 4 and values n - 5, and nobody who is at n or
+//!   later holds keys below n - 1 or values below n - 3.
+//! * Two stages of queries, so that warpgroups need not wait for each other between tiles, five of K and of V (226 KB). One panel of ones
+//!   serves all stages of V: the operand has two panels, and their distance is a field of its descriptor.
 //! * Registers: 32 for the loading warpgroup, 160 for the computing ones. So of a tile little is kept over its passes; the rest is read again
 //!   from shared memory, and the work is given back at the end. The loading warps walk a mask row by what is left of it.
 //!
-//! Measured on an H200, 40 x 32,760, banded masks, TFLOP/s on kept blocks, both in one run:
+//! Measured on an H200 (700 W), 40 x 32,760, banded masks and, last, random ones, TFLOP/s on kept blocks (`calibc bench`), first and last row in
+//! one run, steps in others, of the row above. Clocks differ by 2 to 3 % from machine to machine:
 //!
-//! | density | 192 rows | 128 rows |
-//! |---|---|---|
-//! | 1 | 578 | 530 |
-//! | 0.5 | 560 | 528 |
-//! | 0.25 | 535 | 530 |
-//! | 0.1 | 493 | 512 |
+//! | | 1 | 0.5 | 0.25 | 0.1 | 0.25, random |
+//! |---|---|---|---|---|---|
+//! | one stage of queries, softmax under the sum, no turns | 567 | 548 | 524 | 484 | 500 |
+//! | two stages of queries | +1.9 % | +1.8 % | +2.5 % | +3.4 % | +3.7 % |
+//! | softmax after the sum | +1.2 % | -1.3 % | -1.8 % | -1.7 % | +1.3 % |
+//! | turns at blocks that both keep; waits for passed-over ones under the products | +1.0 % | +4.7 % | +7.1 % | +8.8 % | +0.7 % |
+//! | turns at blocks that one keeps | 0 | 0 | +0.7 % | +0.5 % | +3.5 % |
+//! | now | 593 | 582 | 572 | 541 | 550 |
 //!
-//! In an earlier run masks whose own rows were of 192 queries made 549 where tiles of 128 made 491 (density 0.25): the rest is the price of masks of 128. Tried and
-//! left out: a tag beside each stage of keys that says who keeps it, in place of the order (even on banded masks, 7 % slower on random ones);
+//! In an earlier run tiles of 128 rows made 530, 528, 530 and 512 where wide ones made 578, 560, 535 and 493.
+//! Tried and left out: turns at every block, passed-over ones included (random 14 % slower); the turn passed on between the two products (11 %
+//! slower), two instructions early (2 %), or when they are done (2 % and more); softmax under the sum with turns (dense 7 % slower, 0.25 4 %);
+//! weights checked before they are packed (without turns 2 % faster at 0.25, dense 2 % slower); loops of their own for blocks that both keep
+//! (even); a tag beside each stage of keys that says who keeps it, in place of the order (even on banded masks, 7 % slower on random ones);
 //! loading for both CTAs of a cluster (dense 500 instead of 563 TFLOP/s; with four stages of each 538).
+//!
+//! What limits: in one launch, all blocks kept, the tensor cores are busy 75 % of the time and the special function units 71 % (ncu, 1.76 GHz);
+//! in a benchmark the GPU is at its power limit besides.
 
 use calibc_ir::{BLOCK, DType, Family, Variant, abi};
 use serde::Serialize;
@@ -112,8 +126,8 @@ struct Shape {
     computing: &'static str,
     /// Registers of a thread of the warpgroup that loads, and of one that computes.
     registers: (u32, u32),
-    /// Stages of keys and of values.
-    stages: (u32, u32),
+    /// Stages of queries, of keys and of values.
+    stages: [u32; 3],
     /// Shared memory for barriers and the work handed over.
     barrier_bytes: u32,
 }
@@ -121,9 +135,9 @@ struct Shape {
 impl Shape {
     const fn of(tile_rows: u32) -> Self {
         if tile_rows > BLOCK {
-            Self { computing: "three", registers: (32, 160), stages: (6, 5), barrier_bytes: 1536 }
+            Self { computing: "three", registers: (32, 160), stages: [2, 5, 5], barrier_bytes: 1536 }
         } else {
-            Self { computing: "two", registers: (56, 224), stages: (3, 2), barrier_bytes: 1280 }
+            Self { computing: "two", registers: (56, 224), stages: [1, 3, 2], barrier_bytes: 1280 }
         }
     }
 }
@@ -135,6 +149,7 @@ struct KernelCx {
     common: Common,
     computing: &'static str,
     threads: u32,
+    query_stages: u32,
     key_stages: u32,
     value_stages: u32,
     barrier_bytes: u32,
@@ -191,7 +206,8 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
     let (family, parts, tile_rows) = (Family::Hopper, parts(variant), abi::tile_rows(variant.head_dim));
     let common = Common::new(variant, family, tile_rows, &parts);
     let tile_bytes = BLOCK * common.row_bytes;
-    let Shape { computing, registers, stages: (key_stages, value_stages), barrier_bytes } = Shape::of(tile_rows);
+    let Shape { computing, registers, stages: [query_stages, key_stages, value_stages], barrier_bytes } =
+        Shape::of(tile_rows);
     let threads = WARPGROUP_THREADS * (1 + tile_rows / WARPGROUP_ROWS);
     let symbol = common.symbol.clone();
     let sum_columns = if variant.lse { 0 } else { SUM_COLUMNS };
@@ -204,6 +220,7 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
         common,
         computing,
         threads,
+        query_stages,
         key_stages,
         value_stages,
         barrier_bytes,
@@ -226,7 +243,7 @@ pub(crate) fn generate(variant: &Variant) -> Result<KernelSource, CodegenError> 
     };
     let text = spell(variant, family, &parts, &cx)?;
     let ones_bytes = if sum_columns > 0 { ones * BLOCK * PANEL_ROW_BYTES } else { 0 };
-    let query_bytes = tile_rows * variant.head_dim * 2;
+    let query_bytes = query_stages * tile_rows * variant.head_dim * 2;
     let shared_bytes = query_bytes + (key_stages + value_stages) * tile_bytes + ones_bytes + barrier_bytes;
     Ok(KernelSource { variant: *variant, family, symbol, text, threads, shared_bytes })
 }
