@@ -61,8 +61,9 @@
 //!   keeps, one of the first and one of the second in turn, then the rest of the longer. A warpgroup passes over blocks not its own, and gives
 //!   them back once they are there: it waits for every round of every stage, as else a later one could be taken for it. Between two of its
 //!   own there is at most one of them, which is waited for under the products of the second.
-//! * The warpgroups take turns: each issues its products when those before it have issued theirs. All have the same number of turns: at blocks
-//!   that both query blocks keep, and at as many that one keeps as both have. So no two wait for the tensor cores while all weigh.
+//! * The warpgroups take turns: each issues its products when the one before it has issued its own. So products follow one another, where
+//!   three at once would all be late, and then all weigh at once. All have the same number of turns: at blocks that both query blocks keep,
+//!   and at as many that one keeps as both have.
 //! * Nobody waits for ever. A turn comes from somebody at an earlier block or at the same; so whoever is furthest behind waits, at block n, for
 //!   keys n + 1 and values n at most. Their stages are empty once all have given back keys n - 4 and values n - 5, and nobody who is at n or
 //!   later holds keys below n - 1 or values below n - 3.
